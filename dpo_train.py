@@ -1,0 +1,122 @@
+"""Direct preference optimisation: rows {"prompt", "chosen", "rejected"} -> an adapter folder.
+
+    python dpo_train.py --student Qwen/Qwen2.5-3B-Instruct --data data/creditmix_dpo.jsonl --save_dir runs/creditmix_dpo
+    python dpo_train.py --student smollm2-135m --data data/creditmix_dpo.jsonl --save_dir runs/try --max_steps 20  # CPU
+
+The reference is the base model with the adapter off, or with --init_adapter a frozen copy of that adapter; its
+log-probs are computed once, before training.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from common import UserError, adapter_base, cli, dev_split, label_classes, load_base
+from sft_train import (
+    add_arguments,
+    dataset,
+    describe,
+    encode,
+    lora,
+    lora_config,
+    read_training_rows,
+    run_training,
+    start_run,
+    trainer_class,
+    training_arguments,
+)
+
+
+def main(args):
+    rows, task = read_training_rows(args, {"prompt": str, "chosen": str, "rejected": str}, "chosen")
+    if task:
+        label_classes(args.data, rows, "rejected", task)
+    for i, row in enumerate(rows, 1):
+        if row["chosen"] == row["rejected"]:
+            raise UserError(f"{args.data}: row {i}: fields 'chosen' and 'rejected' are equal; expected two answers")
+    if args.init_adapter and adapter_base(args.init_adapter) != args.student:
+        raise UserError(f"{args.init_adapter}: trained on {adapter_base(args.init_adapter)}; expected {args.student}")
+    train, dev = dev_split(rows, args.seed)
+    model, tokenizer = load_base(args.student, args.precision)
+    start_run(args, "dpo")
+    train, dropped = pairs(tokenizer, train, args.max_len)
+    dev, _ = pairs(tokenizer, dev, args.max_len)
+    describe(tokenizer, train, dropped)
+    reference = f"a frozen copy of {args.init_adapter}" if args.init_adapter else f"{args.student} with the adapter off"
+    print(f"reference: {reference}, log-probs computed once")
+
+    from trl import DPOConfig, DPOTrainer
+
+    options = training_arguments(args, model, len(train)) | {
+        "beta": args.beta,
+        "loss_type": ["sigmoid", "sft"] if args.sft_weight else ["sigmoid"],
+        "loss_weights": [1.0, args.sft_weight] if args.sft_weight else None,
+        "precompute_ref_log_probs": True,
+        "max_length": None,
+    }
+    if task:  # a margin says less than what is served
+        options |= {"metric_for_best_model": "eval_label_log_loss"}
+
+    class Pretokenized(DPOTrainer):
+        def _prepare_dataset(self, dataset, *_):  # the ids that serving sees, from common's prompt builder
+            return dataset
+
+    columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
+    trainer = trainer_class(Pretokenized, task, dev)(
+        # a PeftModel would make TRL copy its adapter as the reference, which is right only with --init_adapter
+        model=lora(model, args, args.init_adapter) if args.init_adapter else model,
+        peft_config=None if args.init_adapter else lora_config(args),
+        args=DPOConfig(**options),
+        train_dataset=dataset(train, *columns),
+        eval_dataset=dataset(dev, *columns),
+        processing_class=tokenizer,
+    )
+    trainer.add_callback(chosen_watch())
+    record = {"route": "dpo", "rows_dropped": dropped, "reference": reference}
+    run_training(trainer, args, task, dev, record, [r["prompt"] for r in train])
+
+
+def pairs(tokenizer, rows, max_len):
+    """Rows with prompt_ids, chosen_ids and rejected_ids, and the number dropped because either is too long."""
+    chosen, dropped = encode(tokenizer, [{**r, "at": i} for i, r in enumerate(rows)], max_len, "prompt", "chosen")
+    rejected, also = encode(tokenizer, chosen, max_len, "prompt", "rejected")
+    chosen = {r["at"]: r for r in chosen}
+    out = []
+    for row in rejected:
+        n = row["labels"].count(-100)
+        better = chosen[row["at"]]["input_ids"]
+        ids = {"prompt_ids": better[:n], "chosen_ids": better[n:], "rejected_ids": row["input_ids"][n:]}
+        out.append({**chosen[row["at"]], **ids})
+    return out, {reason: dropped[reason] + also[reason] for reason in dropped}
+
+
+def chosen_watch():
+    """A callback that warns when the chosen answers themselves grow less likely, which the margin hides."""
+    from transformers import TrainerCallback
+
+    class ChosenWatch(TrainerCallback):
+        first, warned = None, False
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            now = (logs or {}).get("logps/chosen")
+            if now is None:
+                return
+            self.first = now if self.first is None else self.first
+            if now < self.first - 1 and not self.warned:
+                self.warned = True
+                print(
+                    f"warning: step {state.global_step}: the chosen answers' log-prob fell from {self.first:.2f} to "
+                    f"{now:.2f}; --sft_weight 1 or a smaller --lr holds it",
+                    file=sys.stderr,
+                )
+
+    return ChosenWatch()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, "data/creditmix_dpo.jsonl", "runs/creditmix_dpo", 1e-4)
+    parser.add_argument("--beta", type=float, default=0.1, help="how far the policy may leave the reference (0.1)")
+    parser.add_argument("--sft_weight", type=float, default=0.0, help="weight of an added SFT term (default: 0)")
+    parser.add_argument("--init_adapter", type=Path, help="start from this adapter; it is then the reference too")
+    cli(main, parser.parse_args())

@@ -1,0 +1,207 @@
+"""Token trees: what several texts have in common is computed once, for scoring and for training.
+
+A tree is a list of segments (token ids, parent). Packed into one sequence, each token attends to its ancestors only and
+its position is its depth, so that every path gives what the same text gives alone. Labels behind a prompt are such a
+tree (LabelTrie), and so are the rows of a task behind their common head, or chosen and rejected behind their prompt
+(share_prefixes).
+"""
+
+import functools
+
+import torch
+
+
+def tree_batch(trees, pad, head=0):
+    """Token trees as one right-padded batch: each token sees its ancestors, and its position is its depth.
+
+    trees: B lists of segments (token ids, parent): the ids follow the last token of segment number `parent`, an
+    earlier one, or begin the text (-1). head: length of a cached head before all of them.
+    -> ({"input_ids" [B, Q], "position_ids" [B, Q], "attention_mask" [B, 1, Q, head + Q] bool}, starts), where
+       starts[b][s] is the first column of segment s. Equal to separate rows: no segment sees a sibling.
+    """
+    width = max(sum(len(ids) for ids, _ in tree) for tree in trees)
+    most = max(map(len, trees)) + 1
+    tokens = torch.full((len(trees), width), pad)
+    depth = torch.zeros(len(trees), width, dtype=torch.long)
+    segment = torch.full((len(trees), width), most - 1)  # the last number is padding, which sees itself
+    ancestor = torch.zeros(len(trees), most, most, dtype=torch.bool)
+    ancestor[:, -1, -1] = True
+    starts = []
+    for b, tree in enumerate(trees):
+        at, starts_b, ends = 0, [], []
+        for s, (ids, parent) in enumerate(tree):
+            n, begin = len(ids), ends[parent] if parent >= 0 else 0
+            tokens[b, at : at + n] = torch.tensor(ids)
+            depth[b, at : at + n] = torch.arange(begin, begin + n)
+            segment[b, at : at + n] = s
+            if parent >= 0:
+                ancestor[b, s] = ancestor[b, parent]
+            ancestor[b, s, s] = True
+            starts_b.append(at)
+            ends.append(begin + n)
+            at += n
+        starts.append(starts_b)
+    see = ancestor[torch.arange(len(trees))[:, None, None], segment[:, :, None], segment[:, None, :]].tril_()
+    see = torch.cat([torch.ones(len(trees), width, head, dtype=torch.bool), see], 2) if head else see
+    return {"input_ids": tokens, "position_ids": depth + head, "attention_mask": see[:, None]}, starts
+
+
+class LabelTrie:
+    """Labels as a tree of tokens behind a prompt: the last token of a label is only predicted, so it is no node.
+
+    nodes: M segments (ids, parent), parent -1 being the prompt's last token; column, token, weight [L, n]: the i-th
+    token of label l is predicted at column[l, i] (0 = the prompt's last token, k = node k - 1) and counts
+    weight[l, i] = 1/n, or 0 beyond the label's end.
+    """
+
+    def __init__(self, label_ids):
+        """label_ids: L token id lists, none of them a prefix of another."""
+        number = {(): 0}
+        for ids in label_ids:
+            for n in range(1, len(ids)):
+                number.setdefault(tuple(ids[:n]), len(number))
+        self.nodes = [([path[-1]], number[path[:-1]] - 1) for path in number if path]
+        shape = len(label_ids), max(map(len, label_ids))
+        self.column, self.token = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+        self.weight = torch.zeros(shape)
+        for row, ids in enumerate(label_ids):
+            for i, token in enumerate(ids):
+                self.column[row, i], self.token[row, i] = number[tuple(ids[:i])], token
+                self.weight[row, i] = 1 / len(ids)
+
+    def behind(self, segment, at):
+        """The nodes as segments number `at`, `at + 1`, ... of a tree in which the prompt ends with `segment`."""
+        return [(ids, segment if parent < 0 else at + parent) for ids, parent in self.nodes]
+
+    def scores(self, logits):
+        """Length-normalised log-likelihoods [B, L] from the logits [B, 1 + M, V] at prompt end and nodes."""
+        logp = logits.float().log_softmax(-1)
+        device = logits.device
+        return (logp[:, self.column.to(device), self.token.to(device)] * self.weight.to(device)).sum(-1)
+
+
+def radix(rows, limits):
+    """Rows of token ids as one tree of segments (see tree_batch) that holds common beginnings once.
+
+    limits: how many tokens of each row may be shared; the rest, at least the token that predicts the first trained
+    one, stands alone. -> (segments, paths), paths[i] being the segment numbers of row i.
+    """
+    segments, paths = [], [[] for _ in rows]
+
+    def grow(group, at, path):
+        end = at
+        if len(group) == 1:
+            end = len(rows[group[0]])
+        else:
+            most = min(limits[i] for i in group)
+            first = rows[group[0]]
+            while end < most and all(rows[i][end] == first[end] for i in group):
+                end += 1
+        if end > at:
+            segments.append((rows[group[0]][at:end], path[-1] if path else -1))
+            path = [*path, len(segments) - 1]
+        if len(group) == 1:
+            paths[group[0]] = path
+            return
+        branches = {}
+        for i in group:
+            key = rows[i][end] if end < limits[i] else ("alone", i)
+            branches.setdefault(key, []).append(i)
+        for branch in branches.values():
+            grow(branch, end, path)
+
+    grow(list(range(len(rows))), 0, [])
+    return segments, paths
+
+
+def pack_prompts(prompts, trie, pad, group=20):
+    """Prompts that end in the same labels, packed for a training step: heads shared, the label trie behind each.
+
+    prompts: N token id lists -> model inputs with logits_to_keep [B, Q] (bool), and label_logits_at [N, 1 + M]: which
+    of the kept logits belong to prompt end and nodes of each prompt (LabelTrie.scores).
+    """
+    order = sorted(range(len(prompts)), key=prompts.__getitem__)  # neighbours share most
+    groups = [order[i : i + group] for i in range(0, len(order), group)]
+    packed = []
+    for g in groups:
+        segments, paths = radix([prompts[i] for i in g], [len(prompts[i]) - 1 for i in g])
+        firsts = []
+        for path in paths:
+            firsts.append(len(segments))
+            segments += trie.behind(path[-1], len(segments))
+        packed.append((segments, [path[-1] for path in paths], firsts))
+    batch, starts = tree_batch([segments for segments, _, _ in packed], pad)
+    width = batch["input_ids"].shape[1]
+    at = torch.zeros(len(prompts), 1 + len(trie.nodes), dtype=torch.long)
+    for b, (g, (segments, lasts, firsts)) in enumerate(zip(groups, packed, strict=True)):
+        for i, last, first in zip(g, lasts, firsts, strict=True):
+            nodes = [starts[b][first + k] for k in range(len(trie.nodes))]
+            at[i] = torch.tensor([starts[b][last] + len(segments[last][0]) - 1, *nodes]) + b * width
+    keep = torch.zeros(len(groups) * width, dtype=torch.bool)
+    keep[at.flatten()] = True
+    batch["logits_to_keep"] = keep.view(len(groups), width)
+    return batch | {"label_logits_at": (keep.cumsum(0) - 1)[at]}
+
+
+def share_prefixes(model, pad, group=20):
+    """Make the forward pass that TRL trains with compute common beginnings once; same loss and gradients (issue 4).
+
+    TRL calls model(input_ids, attention_mask, labels, fused_lm_head=True) with N padded rows and reads per-token
+    values [N, T - 1]. Here every `group` rows become one tree (the task's head once for all, a prompt once for chosen
+    and rejected), and the values are put back where TRL expects them.
+    """
+    plain = model.forward
+
+    @functools.wraps(plain)
+    def forward(*args, **kwargs):
+        if not kwargs.get("fused_lm_head"):
+            return plain(*args, **kwargs)
+        input_ids, labels, attention = (kwargs.pop(k) for k in ("input_ids", "labels", "attention_mask"))
+        lengths, targets = attention.sum(1).tolist(), labels.tolist()
+        rows = [ids[:n] for ids, n in zip(input_ids.tolist(), lengths, strict=True)]
+        # the token in front of the first trained one predicts it, so each row keeps its own
+        limits = [
+            next((i for i, t in enumerate(row) if t != -100), n) - 1 for row, n in zip(targets, lengths, strict=True)
+        ]
+        order = sorted(range(len(rows)), key=rows.__getitem__)  # neighbours share most
+        groups = [order[i : i + group] for i in range(0, len(order), group)]
+        packed = [radix([rows[i] for i in g], [limits[i] for i in g]) for g in groups]
+        batch, starts = tree_batch([segments for segments, _ in packed], pad)
+        target = torch.full(batch["input_ids"].shape, -100)
+        source = torch.zeros(len(rows), input_ids.shape[1] - 1, dtype=torch.long)
+        for b, (g, (segments, paths)) in enumerate(zip(groups, packed, strict=True)):
+            for i, path in zip(g, paths, strict=True):
+                columns = [starts[b][s] + k for s in path for k in range(len(segments[s][0]))][:-1]
+                source[i, : len(columns)] = torch.tensor(columns) + b * target.shape[1]
+                own = slice(limits[i], len(columns))
+                target[b, columns[own]] = torch.tensor(targets[i][own.start + 1 : lengths[i]])
+        batch = {k: v.to(input_ids.device) for k, v in batch.items()}
+        target, source, mask = target.to(labels.device), source.to(labels.device), labels[:, 1:] != -100
+        if input_ids.device.type == "cpu":  # TRL's head computes the trained positions only on a GPU
+            del kwargs["fused_lm_head"]
+            out = trained_positions(plain(*args, **kwargs, **batch, logits_to_keep=target != -100).logits, target)
+        else:
+            out = plain(*args, **kwargs, **batch, labels=target, shift_labels=target)
+        for name in ("log_probs", "entropy", "is_top1", "mean_logits", "log_sum_sq_probs"):
+            if getattr(out, name) is not None:
+                out[name] = out[name].flatten()[source] * mask
+        out["label_mask"] = mask
+        return out
+
+    model.forward = forward
+
+
+def trained_positions(logits, target):
+    """TRL's FusedCausalLMOutput from the logits [K, V] of the K positions whose target [B, T] is not -100."""
+    from trl.trainer.utils import FusedCausalLMOutput
+
+    keep = target != -100
+    logp = logits.float().log_softmax(-1)
+    values = {
+        "log_probs": logp.gather(1, target[keep][:, None])[:, 0],
+        "entropy": -(logp.detach().exp() * logp.detach()).sum(-1),
+        "mean_logits": logits.detach().float().mean(-1),
+        "is_top1": logits.argmax(-1) == target[keep],
+    }
+    values = {k: v.new_zeros(target.shape).masked_scatter(keep, v) for k, v in values.items()}
+    return FusedCausalLMOutput(**values, label_mask=keep)
