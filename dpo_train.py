@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from common import UserError, adapter_base, cli, dev_split, label_classes, load_base
+from common import UserError, adapter_base, cli, label_classes, load_base
 from sft_train import (
     add_arguments,
     dataset,
@@ -21,6 +21,7 @@ from sft_train import (
     lora_config,
     read_training_rows,
     run_training,
+    split_for,
     start_run,
     trainer_class,
     training_arguments,
@@ -36,12 +37,12 @@ def main(args):
             raise UserError(f"{args.data}: row {i}: fields 'chosen' and 'rejected' are equal; expected two answers")
     if args.init_adapter and adapter_base(args.init_adapter) != args.student:
         raise UserError(f"{args.init_adapter}: trained on {adapter_base(args.init_adapter)}; expected {args.student}")
-    train, dev = dev_split(rows, args.seed)
+    train, dev = split_for(args, rows)
     model, tokenizer = load_base(args.student, args.precision)
     start_run(args, "dpo")
     train, dropped = pairs(tokenizer, train, args.max_len)
     dev, _ = pairs(tokenizer, dev, args.max_len)
-    describe(tokenizer, train, dropped)
+    told = describe(tokenizer, train, dropped)
     reference = f"a frozen copy of {args.init_adapter}" if args.init_adapter else f"{args.student} with the adapter off"
     print(f"reference: {reference}, log-probs computed once")
 
@@ -72,7 +73,7 @@ def main(args):
         processing_class=tokenizer,
     )
     trainer.add_callback(chosen_watch())
-    record = {"route": "dpo", "rows_dropped": dropped, "reference": reference}
+    record = {"route": "dpo", **told, "reference": reference}
     run_training(trainer, args, task, dev, record, [r["prompt"] for r in train])
 
 

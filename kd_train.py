@@ -9,7 +9,7 @@ the loss is on the label distribution itself, through the scores that inference 
 
 import argparse
 
-from common import UserError, cli, dev_split, label_trie, load_base, prompt_ids
+from common import UserError, cli, label_trie, load_base, prompt_ids
 from sft_train import (
     add_arguments,
     dataset,
@@ -18,6 +18,7 @@ from sft_train import (
     lora,
     read_training_rows,
     run_training,
+    split_for,
     start_run,
     trainer_class,
     training_arguments,
@@ -30,12 +31,12 @@ def main(args):
     by_distribution = task is not None and any(r.get("teacher_probs") for r in rows)
     if by_distribution:
         add_distributions(args.data, rows, task)
-    train, dev = dev_split(rows, args.seed)
+    train, dev = split_for(args, rows)
     model, tokenizer = load_base(args.student, args.precision)
     start_run(args, "kd")
     train, dropped = encode(tokenizer, train, args.max_len, "input", "teacher_output")
     dev, _ = encode(tokenizer, dev, args.max_len, "input", "teacher_output")
-    describe(tokenizer, train, dropped)
+    told = describe(tokenizer, train, dropped)
 
     from trl import SFTConfig, SFTTrainer
 
@@ -56,7 +57,7 @@ def main(args):
         eval_dataset=dataset(dev, *columns),
         processing_class=tokenizer,
     )
-    record = {"route": "kd", "rows_dropped": dropped, "loss": "label distribution" if by_distribution else "sequence"}
+    record = {"route": "kd", **told, "loss": "label distribution" if by_distribution else "sequence"}
     run_training(trainer, args, task, dev, record, [r["input"] for r in train])
 
 

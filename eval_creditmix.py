@@ -1,0 +1,365 @@
+"""Evaluate models of a label task on the same held-out rows, beside references: one table, report.json, pictures.
+
+    python eval_creditmix.py --model_dir Qwen/Qwen2.5-3B-Instruct runs/creditmix_sft runs/creditmix_kd \
+        --data data/creditmix_dataset.json --val_per_class 1500
+    python eval_creditmix.py --model_dir smollm2-135m runs/smollm2_sft --val_per_class 50  # CPU
+
+Held out are the customers that creditmix_prepare.py kept apart (same file, same seed). A model that was trained on one
+of the rows is refused. Intervals resample customers, since the months of one are not independent.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from datetime import datetime
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from common import (
+    SEED,
+    VAL_FRAC,
+    Calibration,
+    LabelScorer,
+    Task,
+    UserError,
+    cli,
+    dev_split,
+    file_sha256,
+    fit_calibration,
+    group_hash,
+    holdout,
+    label_classes,
+    load_model,
+    log_loss,
+    row_hash,
+    run_record,
+    sha256,
+    unit_hash,
+    write_json,
+    write_jsonl,
+)
+from creditmix_prepare import GradientBoosting, balance, read_raw
+
+
+def main(args):
+    out = args.out or Path("runs/reports") / datetime.now().strftime("%Y%m%d-%H%M%S")
+    tasks = [task_of(name, args.task) for name in args.model_dir]
+    task = tasks[0]
+    for name, other in zip(args.model_dir, tasks, strict=True):
+        if other != task:
+            raise UserError(
+                f"{name}: its task is not that of {args.model_dir[0]}; expected the same labels and template"
+            )
+    bias = label_bias(args.label_bias, task)
+    rows, dropped = read_raw(args.data, args.columns)
+    label_classes(args.data, rows, "answer", task)
+    train, held = holdout(rows, args.seed, args.val_frac)
+    held = pick(held, task, args.val_per_class, args.seed)
+    y = label_classes(args.data, held, "answer", task)
+    dev = dev_rows(args.data, train, task, args.seed)
+    overlap = {name: check_overlap(name, held, task, args.allow_overlap) for name in args.model_dir}
+    print(f"{len(held)} held-out rows of {len({r['group'] for r in held})} customers: {class_counts(y, task)}")
+
+    groups = np.unique([r["group"] for r in held], return_inverse=True)[1]
+    report = {"n": len(held), "seed": args.seed, "overlap": sum(overlap.values()), "rows_dropped": dict(dropped)}
+    report["references"] = references(balance(args.data, train, task.labels, args.seed), held, y, groups, task)
+    report["models"], right, predictions = [], {}, [{"question": r["question"], "answer": r["answer"]} for r in held]
+    for name in args.model_dir:
+        raw, prior, dev_raw, rows_per_s = score(name, task, held, dev if args.fit_calibration else [], out, args)
+        fit = Calibration.load(name, task)
+        if args.fit_calibration:
+            fit = fit_on(name, dev_raw, prior, dev, task, out)
+        entry = {"model_dir": name, "rows_per_s": rows_per_s, "train_overlap": overlap[name], "prior": prior.tolist()}
+        views = {"raw": raw, "null": raw - prior + bias, "fitted": fit(raw + bias, prior) if fit.fitted else None}
+        for view, scores in views.items():
+            entry[view] = None if scores is None else metrics(scores, y, groups, task)
+        report["models"].append(entry)
+        best = views["raw"] if views["fitted"] is None else views["fitted"]
+        right[name] = best.argmax(1) == y
+        for line, r, s in zip(predictions, raw, best, strict=True):
+            line[name] = {"prediction": task.labels[int(s.argmax())], "raw": r.tolist(), "scores": s.tolist()}
+        draw(name, best, y, task, out)
+    report["mcnemar"] = [
+        {"a": a, "b": b, **mcnemar(right[a], right[b])} for a, b in combinations(args.model_dir, 2) if a != b
+    ]
+    report |= {"data": str(args.data), "data_sha256": file_sha256(args.data), **run_record(args)}
+    text = table(report, task)
+    print(text)
+    write_json(out / "report.json", report)
+    write_jsonl(out / "predictions.jsonl", predictions)
+    (out / "report.txt").write_text(text + "\n", encoding="utf-8")
+    print(f"report.json, predictions.jsonl and pictures in {out}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows
+
+
+def task_of(name, path):
+    own = Path(name) / "task.json"
+    return Task.load(own if own.is_file() else path)
+
+
+def pick(held, task, per_class, seed):
+    """per_class rows of each class, the same ones for the same seed; all rows when per_class is None."""
+    if per_class is None:
+        return held
+    out = []
+    for label in task.labels:
+        rows = sorted((r for r in held if r["answer"] == label), key=lambda r: unit_hash(seed, r["question"]))
+        if len(rows) < per_class:
+            raise UserError(f"--val_per_class {per_class}: class {label!r} has only {len(rows)} held-out rows")
+        out += rows[:per_class]
+    return out
+
+
+def dev_rows(path, train, task, seed, most=1000):
+    """The development rows that the trainers keep apart, as rows with input and output."""
+    rows = [
+        {"input": task.prompt(r["question"]), "output": r["answer"], "group": group_hash(r["group"])}
+        for r in balance(path, train, task.labels, seed)
+    ]
+    return sorted(dev_split(rows, seed)[1], key=lambda r: unit_hash(seed, r["input"]))[:most]
+
+
+def check_overlap(name, held, task, allow):
+    """How many held-out rows the model was trained on; UserError when there are some, unless allowed."""
+    path = Path(name) / "train_rows.txt"
+    if not path.is_file():
+        return 0
+    seen = set(path.read_text(encoding="utf-8").split())
+    n = sum(row_hash(task.prompt(r["question"])) in seen for r in held)
+    if n and not allow:
+        raise UserError(
+            f"{name}: trained on {n} of the {len(held)} evaluation rows; expected none (same --data and --seed as "
+            "creditmix_prepare.py, or --allow_overlap)"
+        )
+    return n
+
+
+def label_bias(pairs, task):
+    """["Standard=0.3"] -> array [L] of what the operator adds to the scores."""
+    bias = np.zeros(len(task.labels))
+    for pair in pairs:
+        label, _, value = pair.rpartition("=")
+        try:
+            bias[task.labels.index(label)] = float(value)
+        except ValueError:
+            raise UserError(f"--label_bias {pair}: expected LABEL=NUMBER with a label of {task.labels}") from None
+    return bias
+
+
+def class_counts(classes, task):
+    counts = np.bincount(classes, minlength=len(task.labels))
+    return ", ".join(f"{label} {n}" for label, n in zip(task.labels, counts, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+
+
+def score(name, task, held, dev, out, args):
+    """(raw [N, L], prior [L], development raw [D, L], rows per second); kept under `out`, so a stopped run goes on."""
+    weights = Path(name) / "adapter_model.safetensors"
+    prompts = [task.prompt(r["question"]) for r in held] + [r["input"] for r in dev]
+    key = sha256(json.dumps([name, file_sha256(weights) if weights.is_file() else "", args.precision, prompts]))
+    cache = out / f".scores-{key[:16]}.json"
+    if cache.is_file():
+        found = json.loads(cache.read_text(encoding="utf-8"))
+    else:
+        model, tokenizer = load_model(name, args.precision)
+        scorer = LabelScorer(model, tokenizer, task.labels, task.null_prompts())
+        prior = scorer.prior(task)
+        start = datetime.now()
+        raw = scorer.score(prompts, progress=True)
+        seconds = (datetime.now() - start).total_seconds()
+        found = {"raw": raw.tolist(), "prior": prior.tolist(), "rows_per_s": round(len(raw) / seconds, 2)}
+        write_json(cache, found)
+    raw = np.array(found["raw"])
+    return raw[: len(held)], np.array(found["prior"]), raw[len(held) :], found["rows_per_s"]
+
+
+def fit_on(name, raw, prior, dev, task, out):
+    """Fit on development rows; calibration.json goes beside an adapter, else into the report's folder."""
+    y = label_classes("development rows", dev, "output", task)
+    fit = fit_calibration(raw, prior, y)
+    folder = Path(name) if (Path(name) / "adapter_config.json").is_file() else out
+    losses = {"raw": log_loss(raw, y), "null": log_loss(raw - prior, y), "fitted": log_loss(fit(raw, prior), y)}
+    fit.save(folder, task, dev_rows=len(y), dev_log_loss=losses)
+    print(f"{name}: fitted on {len(y)} development rows: {folder / 'calibration.json'}")
+    return fit
+
+
+def references(train, held, y, groups, task):
+    """The majority class of the training rows, and gradient boosting on the same fields (None for free text)."""
+    most = Counter(r["answer"] for r in train)
+    prior = np.array([most[label] / len(train) for label in task.labels])
+    found = {"majority": metrics(np.log(np.tile(prior, (len(y), 1))), y, groups, task)}
+    try:
+        boosting = GradientBoosting(task.labels).fit([r["question"] for r in train], [r["answer"] for r in train])
+        p = boosting.predict_proba([r["question"] for r in held])
+        found["gradient_boosting"] = metrics(np.log(np.clip(p, 1e-9, 1)), y, groups, task)
+    except UserError as e:
+        print(f"no gradient boosting reference: {e}", file=sys.stderr)
+        found["gradient_boosting"] = None
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def metrics(scores, y, groups, task):
+    """Everything the report says of one set of scores [N, L] against true classes y [N]; groups [N] are customers."""
+    from scipy.special import softmax
+
+    n_labels, predicted, p = len(task.labels), scores.argmax(1), softmax(scores, axis=1)
+    matrix = confusion(y, predicted, n_labels)
+    accuracy, f1, per_class = from_confusion(matrix)
+    accuracies, f1s = bootstrap(y, predicted, groups, n_labels)
+    return {
+        "accuracy": accuracy,
+        "accuracy_ci95": np.percentile(accuracies, [2.5, 97.5]).tolist(),
+        "macro_f1": f1,
+        "macro_f1_ci95": np.percentile(f1s, [2.5, 97.5]).tolist(),
+        "per_class": dict(zip(task.labels, per_class, strict=True)),
+        "confusion": matrix.tolist(),
+        "predicted": dict(zip(task.labels, matrix.sum(0).tolist(), strict=True)),
+        "takes_over": next((task.labels[i] for i in range(n_labels) if takes_over(matrix, i)), None),
+        "log_loss": log_loss(scores, y),
+        "brier": float(((p - np.eye(n_labels)[y]) ** 2).sum(1).mean()),
+        "ece": ece(p, y),
+    }
+
+
+def confusion(y, predicted, n_labels):
+    """Counts [L, L]: true class by row, predicted by column."""
+    return np.bincount(y * n_labels + predicted, minlength=n_labels**2).reshape(n_labels, n_labels)
+
+
+def from_confusion(matrix):
+    """(accuracy, macro-F1, per class {precision, recall, f1, support}); a ratio without cases is 0."""
+    hit, true, said = np.diag(matrix), matrix.sum(1), matrix.sum(0)
+    precision, recall = hit / np.maximum(said, 1), hit / np.maximum(true, 1)
+    f1 = 2 * hit / np.maximum(true + said, 1)
+    names = ("precision", "recall", "f1", "support")
+    per_class = [dict(zip(names, map(float, v), strict=True)) for v in zip(precision, recall, f1, true, strict=True)]
+    return float(hit.sum() / max(matrix.sum(), 1)), float(f1.mean()), per_class
+
+
+def bootstrap(y, predicted, groups, n_labels, times=1000):
+    """Accuracies and macro-F1s [times] of as many customers drawn with replacement (cluster bootstrap)."""
+    cells = np.zeros((groups.max() + 1, n_labels**2))
+    np.add.at(cells, (groups, y * n_labels + predicted), 1)
+    rng = np.random.default_rng(0)
+    draws = rng.multinomial(len(cells), np.full(len(cells), 1 / len(cells)), size=times) @ cells
+    found = [from_confusion(d.reshape(n_labels, n_labels))[:2] for d in draws]
+    return np.array(found).T
+
+
+def takes_over(matrix, i):
+    """Whether class i is predicted for more than half as many rows again as belong to it, and for most rows."""
+    said, true = matrix.sum(0), matrix.sum(1)
+    return bool(said[i] > 1.5 * true[i] and said[i] > matrix.sum() / 2)
+
+
+def ece(p, y, bins=15):
+    """Expected calibration error of the predicted class's probability in equal bins (Guo et al. 2017)."""
+    top, right = p.max(1), p.argmax(1) == y
+    where = np.minimum((top * bins).astype(int), bins - 1)
+    gaps = [abs(right[where == b].mean() - top[where == b].mean()) * (where == b).mean() for b in np.unique(where)]
+    return float(sum(gaps))
+
+
+def mcnemar(a, b):
+    """Exact McNemar test of two models' right answers [N] on the same rows: the discordant counts and p."""
+    from scipy.stats import binomtest
+
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    p = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
+    return {"only_a_right": only_a, "only_b_right": only_b, "p": float(p)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Table and pictures
+
+
+def table(report, task):
+    """The report as text: a line for each model and calibration, references first."""
+    head = (
+        f"{'model':34} {'scores':7} {'accuracy [95%]':22} {'macro-F1 [95%]':22} {'log-loss':>8} {'Brier':>6} {'ECE':>6}"
+    )
+    lines = ["", head + "  recall " + " / ".join(task.labels)]
+    entries = [(name, "", m) for name, m in report["references"].items()]
+    entries += [(e["model_dir"], view, e[view]) for e in report["models"] for view in ("raw", "null", "fitted")]
+    for name, view, m in entries:
+        if m:
+            cells = [f"{m[k]:.3f} [{m[k + '_ci95'][0]:.3f}, {m[k + '_ci95'][1]:.3f}]" for k in ("accuracy", "macro_f1")]
+            recall = " / ".join(f"{c['recall']:.2f}" for c in m["per_class"].values())
+            numbers = f"{m['log_loss']:8.3f} {m['brier']:6.3f} {m['ece']:6.3f}"
+            warn = f"  <- {m['takes_over']} takes over" if m["takes_over"] and view else ""
+            lines.append(f"{name[-34:]:34} {view:7} {cells[0]:22} {cells[1]:22} {numbers}  {recall}{warn}")
+    for test in report["mcnemar"]:
+        counts = f"{test['only_a_right']} against {test['only_b_right']} rows"
+        lines.append(f"McNemar {test['a']} / {test['b']}: right alone on {counts}, p = {test['p']:.2g}")
+    if report["overlap"]:
+        lines.append(f"WARNING: {report['overlap']} evaluation rows were trained on; these figures measure memory")
+    return "\n".join(lines)
+
+
+def draw(name, scores, y, task, out):
+    """Confusion matrix, reliability and risk-coverage of one model, as NAME.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from scipy.special import softmax
+
+    p = softmax(scores, axis=1)
+    top, right = p.max(1), p.argmax(1) == y
+    matrix = confusion(y, p.argmax(1), len(task.labels))
+    figure, (left, middle, last) = plt.subplots(1, 3, figsize=(14, 4.2))
+    left.imshow(matrix / np.maximum(matrix.sum(1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1)
+    for (i, j), n in np.ndenumerate(matrix):
+        left.text(j, i, n, ha="center", va="center")
+    left.set_xticks(range(len(task.labels)), task.labels, rotation=30)
+    left.set_yticks(range(len(task.labels)), task.labels)
+    left.set(xlabel="predicted", ylabel="true", title="confusion")
+    where = np.minimum((top * 10).astype(int), 9)
+    points = [(top[where == b].mean(), right[where == b].mean(), (where == b).sum()) for b in np.unique(where)]
+    x, height, size = zip(*points, strict=True)
+    middle.plot([0, 1], [0, 1], ":", color="gray")
+    middle.scatter(x, height, s=[10 + 400 * n / len(y) for n in size])
+    middle.set(
+        xlabel="probability of the prediction", ylabel="share right", title="reliability", xlim=(0, 1), ylim=(0, 1)
+    )
+    order = np.argsort(-top)
+    last.plot(np.arange(1, len(y) + 1) / len(y), 1 - np.cumsum(right[order]) / np.arange(1, len(y) + 1))
+    last.set(xlabel="coverage, surest rows first", ylabel="error", title="risk-coverage", ylim=(0, None))
+    figure.suptitle(f"{name}, {len(y)} rows")
+    figure.tight_layout()
+    out.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out / f"{Path(name).name}.png", dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model_dir", nargs="+", required=True, help="adapters, model folders or hub ids, in one table")
+    p.add_argument("--data", type=Path, default=Path("data/creditmix_dataset.json"), help="raw rows, or the Kaggle CSV")
+    p.add_argument("--task", type=Path, default=Path("data/creditmix_task.json"), help="for models without task.json")
+    p.add_argument("--val_per_class", type=int, help="held-out rows a class; default: all held-out rows")
+    p.add_argument(
+        "--val_frac", type=float, default=VAL_FRAC, help="share of customers held out (default: %(default)s)"
+    )
+    p.add_argument("--columns", choices=["six", "all"], default="six", help="CSV columns, as in creditmix_prepare.py")
+    p.add_argument("--seed", type=int, default=SEED, help="of the split, as in creditmix_prepare.py (default: 42)")
+    p.add_argument("--fit_calibration", action="store_true", help="fit w, b, T on development rows and keep them")
+    p.add_argument("--label_bias", nargs="*", default=[], metavar="LABEL=X", help="the operator's own: added to scores")
+    p.add_argument("--allow_overlap", action="store_true", help="evaluate on trained rows all the same, and say so")
+    p.add_argument("--precision", choices=["auto", "nf4", "bf16", "fp32"], default="auto", help="of the base model")
+    p.add_argument("--out", type=Path, help="folder of the report; default: runs/reports/TIME")
+    cli(main, p.parse_args())
