@@ -6,11 +6,14 @@ Nothing here is run by itself; `python sft_train.py --help` and the README show 
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 ROOT = Path(__file__).resolve().parent
 VAL_FRAC = 0.35  # of the customers: leaves 1,500 held-out rows in the smallest class of the public data
@@ -33,6 +36,10 @@ def cli(main, args):
         message = str(e)
     except OSError as e:  # full disk, missing permission, ...
         message = f"{e.filename or 'file system'}: {e.strerror or e}"
+    except (SafetensorError, RuntimeError) as e:  # how safetensors and torch report a full disk
+        if not re.search(r"I/O error|writing file", str(e)):
+            raise
+        message = str(e).split("\n")[0]
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -349,7 +356,6 @@ def adapter_base(folder):
 def add_adapter(model, folder, name="default"):
     """The base model with one more adapter from `folder`; UserError when it does not fit or did not load."""
     from peft import PeftModel
-    from safetensors import SafetensorError
 
     try:
         if isinstance(model, PeftModel):

@@ -35,11 +35,11 @@ from common import (
     atomic_write,
     cli,
     file_sha256,
+    group_hash,
     holdout,
     label_classes,
     read_json,
     read_rows,
-    sha256,
     unit_hash,
     write_json,
     write_jsonl,
@@ -81,7 +81,7 @@ def prepare(src, outdir, columns, seed, val_frac, task):
         (Path(outdir) / f"{task.name}_kd.jsonl").unlink(missing_ok=True)  # an earlier run's may be of another split
         del files["kd"]
     for i, r in enumerate(chosen):
-        text, label, who = task.prompt(r["question"]), r["answer"], {"group": sha256(r["group"])[:12]}
+        text, label, who = task.prompt(r["question"]), r["answer"], {"group": group_hash(r["group"])}
         files["sft"].append({"input": text, "output": label, **who})
         files["dpo"].append({"prompt": text, "chosen": label, "rejected": hard_negative(r, task.labels, seed), **who})
         if "kd" in files:

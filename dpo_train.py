@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from common import UserError, adapter_base, cli, label_classes, load_base
-from sft_train import (
+from training import (
     add_arguments,
     dataset,
     describe,
@@ -48,7 +48,7 @@ def main(args):
 
     from trl import DPOConfig, DPOTrainer
 
-    options = training_arguments(args, model, len(train)) | {
+    options = training_arguments(args, model, train, dev) | {
         "beta": args.beta,
         "loss_type": ["sigmoid", "sft"] if args.sft_weight else ["sigmoid"],
         "loss_weights": [1.0, args.sft_weight] if args.sft_weight else None,

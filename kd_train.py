@@ -10,7 +10,7 @@ the loss is on the label distribution itself, through the scores that inference 
 import argparse
 
 from common import UserError, cli, label_trie, load_base, prompt_ids
-from sft_train import (
+from training import (
     add_arguments,
     dataset,
     describe,
@@ -42,7 +42,7 @@ def main(args):
 
     kind = trainer_class(SFTTrainer, task, dev)
     columns = ["input_ids", "labels"]
-    options = training_arguments(args, model, len(train))
+    options = training_arguments(args, model, train, dev)
     if by_distribution:
         print(f"loss: label distribution, temperature {args.temperature}, gold share {args.alpha}")
         kind = distribution_trainer(kind, label_trie(tokenizer, task.labels), args)

@@ -1,0 +1,454 @@
+"""What the three trainers share: rows, the student with its adapter, the run, and the folder that it leaves."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+from common import (
+    DEFAULT_STUDENT,
+    SEED,
+    LabelScorer,
+    Task,
+    UserError,
+    atomic_write,
+    completion_ids,
+    dev_split,
+    fit_calibration,
+    label_classes,
+    log_loss,
+    prompt_ids,
+    read_json,
+    read_rows,
+    row_hash,
+    run_record,
+    sha256,
+    unit_hash,
+    write_json,
+)
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows
+
+
+def read_training_rows(args, fields, answer, optional=None):
+    """Rows of args.data and the label task they belong to, or None for free text.
+
+    The task file is --task, else NAME_task.json beside NAME_sft.jsonl (_kd, _dpo). Error: an answer that is no label.
+    """
+    rows = read_rows(args.data, fields, {"group": str, **(optional or {})})
+    path = args.task or Path(args.data).with_name(Path(args.data).stem.rsplit("_", 1)[0] + "_task.json")
+    if not args.task and not path.is_file():
+        return rows, None
+    task = Task.load(path)
+    label_classes(args.data, rows, answer, task)
+    return rows, task
+
+
+def split_for(args, rows):
+    """(rows to train on, development rows): no more of either than the run can use."""
+    import torch
+
+    train, dev = dev_split(rows, args.seed)
+    if not train:
+        raise UserError(f"{args.data}: all {len(rows)} rows fell into the development split; expected more rows")
+    most = args.dev_rows or (1000 if torch.cuda.is_available() else 100)
+    if args.max_steps > 0:
+        train = sorted(train, key=lambda r: unit_hash(args.seed, json.dumps(r)))[: args.max_steps * args.batch_size]
+    return train, sorted(dev, key=lambda r: unit_hash(args.seed, json.dumps(r)))[:most]
+
+
+def encode(tokenizer, rows, max_len, prompt, answer):
+    """Rows with input_ids and labels (-100 where nothing is trained), and how many were dropped, by reason.
+
+    Error: UserError when every row is too long.
+    """
+    prompts = prompt_ids(tokenizer, [r[prompt] for r in rows])
+    answers = completion_ids(tokenizer, [r[prompt] for r in rows], [r[answer] for r in rows])
+    kept = [
+        {**row, "input_ids": p + a, "labels": [-100] * len(p) + a}
+        for row, p, a in zip(rows, prompts, answers, strict=True)
+        if len(p) + len(a) <= max_len
+    ]
+    if rows and not kept:
+        shortest = min(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
+        raise UserError(f"all {len(rows)} rows are longer than --max_len {max_len}; the shortest has {shortest} tokens")
+    return kept, {f"longer than {max_len} tokens": len(rows) - len(kept)}
+
+
+def describe(tokenizer, rows, dropped):
+    """Print what is about to be trained on: lengths, drops, and one row with its trained tokens marked."""
+    lengths = sorted(len(r["input_ids"]) for r in rows)
+    at = {q: lengths[min(int(len(lengths) * q / 100), len(lengths) - 1)] for q in (50, 95, 100)}
+    print(f"{len(rows)} rows; tokens a row: median {at[50]}, 95% {at[95]}, longest {at[100]}; dropped: {dropped}")
+    n = rows[0]["labels"].count(-100)
+    prompt, trained = tokenizer.decode(rows[0]["input_ids"][:n]), tokenizer.decode(rows[0]["input_ids"][n:])
+    print(f"one row, the trained tokens between >>> and <<<:\n{prompt}>>>{trained}<<<")
+    return {
+        "rows_dropped": dropped,
+        "tokens": {"median": at[50], "p95": at[95], "longest": at[100]},
+        "trained": trained,
+    }
+
+
+def dataset(rows, *columns):
+    from datasets import Dataset
+
+    return Dataset.from_dict({c: [r[c] for r in rows] for c in columns}) if rows else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The student
+
+
+def lora_config(args):
+    """An adapter on all linear layers of the student (QLoRA, arXiv 2305.14314)."""
+    from peft import LoraConfig
+
+    config = LoraConfig(r=args.lora_r, lora_alpha=2 * args.lora_r, lora_dropout=0.05, target_modules=TARGETS)
+    config.task_type, config.base_model_name_or_path = "CAUSAL_LM", args.student
+    return config
+
+
+def lora(model, args, init_adapter=None):
+    """The student with a fresh adapter, or with a trained one to go on from."""
+    from peft import PeftModel, get_peft_model
+
+    if init_adapter:
+        return PeftModel.from_pretrained(model, init_adapter, is_trainable=True)
+    return get_peft_model(model, lora_config(args))
+
+
+def trainer_class(trainer, task, dev):
+    """`trainer`, a TRL trainer, with what all routes add: shared prefixes, fp32 adapters, accuracy by the scorer."""
+
+    from trees import share_prefixes
+
+    class Student(trainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.share()
+            trainable = [p for p in self.model.parameters() if p.requires_grad]
+            for p in trainable:  # TRL casts them to bf16 on a quantised base, where small steps round to nothing
+                p.data = p.data.float()
+            n, total = sum(p.numel() for p in trainable), sum(p.numel() for p in self.model.parameters())
+            print(f"trainable: {n:,} of {total:,} parameters ({n / total:.2%})")
+
+        def share(self):
+            base = self.model.get_base_model()
+            if not hasattr(base, "shares_prefixes"):
+                share_prefixes(base, self.processing_class.pad_token_id)
+                base.shares_prefixes = True
+
+        def _precompute_ref_logps(self, *args):  # DPO calls it before __init__ returns
+            self.share()
+            return super()._precompute_ref_logps(*args)
+
+        def evaluate(self, *args, metric_key_prefix="eval", **kwargs):
+            metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            if task and dev:
+                raw, _, y = dev_scores(self.model, self.processing_class, task, dev)
+                found = {"accuracy": float((raw.argmax(1) == y).mean()), "label_log_loss": log_loss(raw, y)}
+                found = {f"{metric_key_prefix}_{k}": v for k, v in found.items()}
+                self.log(found)
+                metrics |= found
+            return metrics
+
+    return Student
+
+
+def dev_scores(model, tokenizer, task, dev):
+    """(raw [N, L], prior [L], true classes [N]) of development rows, by the scorer that serves."""
+    training = model.training
+    model.eval()
+    scorer = LabelScorer(model, tokenizer, task.labels, task.null_prompts())
+    raw, prior = scorer.score([r.get("input") or r["prompt"] for r in dev]), scorer.prior(task)
+    model.train(training)
+    return raw, prior, label_classes("development rows", dev, "output" if "output" in dev[0] else "chosen", task)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def start_run(args, route):
+    """Look before anything is overwritten or computed: the folder, and what --resume_from_checkpoint names."""
+    record = Path(args.save_dir) / "run.json"
+    if not args.resume_from_checkpoint:
+        if list(Path(args.save_dir).glob("checkpoint-*")):
+            raise UserError(
+                f"{args.save_dir}: holds an unfinished run; expected --resume_from_checkpoint last, or no such folder"
+            )
+        write_json(record, {"route": route, "student": args.student, "status": "started", **run_record(args)})
+        return
+    if args.resume_from_checkpoint == "last":
+        whole = [p.parent for p in Path(args.save_dir).glob("checkpoint-*/trainer_state.json")]
+        found = sorted(whole, key=lambda p: int(p.name.split("-")[1]))
+        if not found:
+            raise UserError(f"{args.save_dir}: no checkpoint to resume from; start without --resume_from_checkpoint")
+        args.resume_from_checkpoint = str(found[-1])
+    folder = Path(args.resume_from_checkpoint)
+    if not (folder / "trainer_state.json").is_file():
+        raise UserError(f"{folder}: no checkpoint; expected a folder runs/NAME/checkpoint-STEP, or `last`")
+    before = read_json(folder.parent / "run.json")
+    for name, now in (("route", route), ("student", args.student)):
+        if before.get(name) != now:
+            raise UserError(f"{folder}: field '{name}' of its run.json is {before.get(name)!r}; expected {now!r}")
+
+
+def training_arguments(args, model, rows, dev):
+    """What TRL's three configs have in common. The effective batch is what was asked, whatever fits at once."""
+    import torch
+
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    cuda, large = torch.cuda.is_available(), model.precision == "nf4"
+    micro = max(1, min(args.micro_batch or (args.batch_size if cuda else 8), args.batch_size // world))
+    accumulate = max(1, args.batch_size // (micro * world))
+    steps = (
+        args.max_steps if args.max_steps > 0 else max(1, int(args.epochs * len(rows) / (micro * accumulate * world)))
+    )
+    every = args.eval_steps or max(1, steps // 8)
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(args.save_dir) / "tensorboard")
+    print(f"{steps} steps of {micro} x {accumulate} accumulated x {world} processes; evaluation every {every}")
+    tokens = min(args.max_len, max(len(r["input_ids"]) for r in rows))
+    gib = expected_memory(model, micro, tokens, args.lora_r)
+    print(
+        f"expected memory: at most about {gib:.1f} GiB ({micro} rows of {tokens} tokens; shared beginnings save some)"
+    )
+    return {
+        "output_dir": str(args.save_dir),
+        "num_train_epochs": args.epochs,
+        "max_steps": args.max_steps,
+        "per_device_train_batch_size": micro,
+        "per_device_eval_batch_size": micro,
+        "gradient_accumulation_steps": accumulate,
+        "learning_rate": args.lr,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.03,
+        "optim": "paged_adamw_32bit" if cuda and large else "adamw_torch",
+        "bf16": model.precision != "fp32",
+        # recomputing activations costs a forward pass; a small model has room for them
+        "gradient_checkpointing": large,
+        "eval_strategy": "steps" if dev else "no",
+        "save_strategy": "steps",
+        "eval_steps": every,
+        "save_steps": every,
+        "save_total_limit": 2,
+        "load_best_model_at_end": bool(dev),
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+        "logging_steps": max(1, min(10, steps // 20)),
+        "report_to": "tensorboard",
+        "dataloader_pin_memory": cuda and "microsoft" not in os.uname().release,  # WSL2 limits pinned memory
+        "use_cpu": not cuda,
+        "seed": args.seed,
+    }
+
+
+def fit_micro_batch(trainer):
+    """Halve the rows at once until a step on the longest ones fits; the effective batch stays what was asked."""
+    import torch
+
+    rows = trainer.train_dataset
+    key = next(c for c in ("input_ids", "prompt_ids") if c in rows.column_names)
+    longest = sorted(range(len(rows)), key=lambda i: -len(rows[i][key]))[: trainer.args.per_device_train_batch_size]
+
+    def step(n):
+        batch = trainer._prepare_inputs(trainer.data_collator([rows[i] for i in longest[:n]]))
+        with trainer.accelerator.autocast():
+            trainer.compute_loss(trainer.model.train(), batch).backward()
+
+    asked = trainer.args.per_device_train_batch_size
+    fits = largest_fitting(step, asked)
+    trainer.model.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+    if fits < asked:
+        trainer.args.per_device_train_batch_size = trainer._train_batch_size = fits
+        trainer.args.gradient_accumulation_steps *= asked // fits
+        print(f"{asked} rows at once do not fit this GPU: {fits}, accumulated {asked // fits} times as often")
+
+
+def largest_fitting(step, n):
+    """The first of n, n / 2, ... for which step(n) does not run out of memory; UserError when not even 1 does."""
+    import torch
+
+    while True:
+        try:
+            step(n)
+            return n
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+        if n == 1:
+            raise UserError("one row does not fit this GPU; expected a smaller --max_len, --precision nf4 or student")
+        n //= 2
+
+
+def expected_memory(model, rows, tokens, lora_r):
+    """Rough GiB of a training step: weights, adapter with gradient and Adam state in fp32, activations in 16 bits.
+
+    The activation coefficients were fitted to the embedded student on an H100 (32 rows: 3.8 GiB, 64 rows: 6.9 GiB).
+    """
+    c = model.config
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    adapter = 16 * lora_r * c.num_hidden_layers * (6 * c.hidden_size + 3 * c.intermediate_size)
+    layer = 2 * (16 * c.hidden_size + 10 * c.intermediate_size)
+    kept = layer + 2 * c.hidden_size * c.num_hidden_layers if model.precision == "nf4" else layer * c.num_hidden_layers
+    return (weights + adapter + rows * tokens * kept) / 2**30
+
+
+def run_training(trainer, args, task, dev, record, prompts):
+    """Train, or go on; keep the best checkpoint; write the adapter folder. SIGINT saves and says how to resume."""
+    import torch
+    from peft.helpers import disable_input_dtype_casting
+    from transformers import TrainerCallback
+
+    class Interrupt(TrainerCallback):
+        asked = False
+
+        def on_step_end(self, _args, state, control, **kwargs):
+            if Interrupt.asked:
+                control.should_save = control.should_training_stop = True
+
+    def interrupt(*_):
+        print("\ninterrupted: saving after this step", file=sys.stderr)
+        Interrupt.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one stops at once
+
+    if torch.cuda.is_available():
+        fit_micro_batch(trainer)
+    trainer.add_callback(Interrupt)
+    signal.signal(signal.SIGINT, interrupt)
+    start = time.time()
+    # under autocast PEFT's own cast of every input to fp32 is undone at once: kernels and memory for nothing
+    with disable_input_dtype_casting(trainer.model, active=trainer.args.bf16):
+        result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    seconds = time.time() - start
+    if Interrupt.asked:
+        print(
+            f"stopped at step {trainer.state.global_step}; the same command with --resume_from_checkpoint last goes on"
+        )
+        sys.exit(130)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    peak = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None
+    record |= {
+        "student": args.student,
+        "precision": trainer.model.get_base_model().precision,
+        "task": task.name if task else None,
+        "data_sha256": sha256(Path(args.data).read_text(encoding="utf-8-sig")),
+        "rows": len(prompts),
+        "steps": trainer.state.global_step,
+        "train_loss": result.training_loss,
+        "best": trainer.state.best_metric,
+        "seconds": round(seconds, 1),
+        "samples_per_s": round(result.metrics["train_samples_per_second"], 2),
+        "peak_gib": peak and round(peak, 2),
+    }
+    if trainer.is_world_process_zero():
+        finish(trainer, args, task, dev, record, prompts)
+    return record
+
+
+def finish(trainer, args, task, dev, record, prompts):
+    """The adapter folder: weights in bf16, task, calibration fitted on development rows, curve, run.json, card."""
+    import torch
+
+    folder, model = Path(args.save_dir), trainer.model
+    if task:
+        task.save(folder / "task.json")
+    if task and dev:
+        raw, prior, y = dev_scores(model, trainer.processing_class, task, dev)
+        fit = fit_calibration(raw, prior, y)
+        record["dev"] = {"rows": len(y), "accuracy": float((fit(raw, prior).argmax(1) == y).mean())}
+        losses = {"raw": log_loss(raw, y), "null": log_loss(raw - prior, y), "fitted": log_loss(fit(raw, prior), y)}
+        fit.save(folder, task, dev_rows=len(y), dev_log_loss=losses)
+    part = folder / "adapter.tmp"
+    weights = {k: v.to(torch.bfloat16) for k, v in model.state_dict().items() if "lora_" in k and ".default." in k}
+    model.save_pretrained(part, state_dict=weights, selected_adapters=["default"])
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        os.replace(part / name, folder / name)
+    for leftover in part.iterdir():
+        leftover.unlink()
+    part.rmdir()
+    draw_curve(trainer.state.log_history, folder / "curve.png")
+    with atomic_write(folder / "train_rows.txt") as f:  # what an evaluation compares its rows with
+        f.writelines(h + "\n" for h in sorted({row_hash(p) for p in prompts}))
+    write_json(folder / "run.json", {"status": "finished", **record, **run_record(args)})
+    write_card(folder, record, args)
+    for checkpoint in folder.glob("checkpoint-*"):  # the best of them is the adapter now
+        shutil.rmtree(checkpoint)
+    speed = f"{record['samples_per_s']} samples/s, {record['seconds']} s, peak {record['peak_gib']} GiB"
+    print(f"adapter in {folder}: {speed}")
+
+
+def draw_curve(history, path):
+    """Loss and development accuracy by step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 4))
+    for key, label in (
+        ("loss", "training loss"),
+        ("eval_loss", "development loss"),
+        ("eval_accuracy", "development accuracy"),
+    ):
+        points = [(h["step"], h[key]) for h in history if key in h]
+        if points:
+            axis.plot(*zip(*points, strict=True), marker="." if key != "loss" else None, label=label)
+    axis.set_xlabel("step")
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def write_card(folder, record, args):
+    lines = [
+        "---",
+        f"base_model: {args.student}",
+        "library_name: peft",
+        "---",
+        f"# {folder.name}",
+        "",
+        f"LoRA adapter (r={args.lora_r}) for `{args.student}`, route {record['route'].upper()}, made by Distill-SLM.",
+        "",
+        f"- data: `{args.data}`, {record['rows']} rows after the development split"
+        + (f", task `{record['task']}`" if record["task"] else ""),
+        f"- {record['steps']} steps, {record['precision']}, {record['seconds']} s, {record['samples_per_s']} samples/s",
+    ]
+    if "dev" in record:
+        lines.append(f"- development accuracy {record['dev']['accuracy']:.3f} on {record['dev']['rows']} rows (fitted)")
+    flags = " ".join(f"--{k} {v}" for k, v in vars(args).items() if v is not None and k != "resume_from_checkpoint")
+    lines += ["", "Made by:", "", f"    python {Path(sys.argv[0]).name} {flags}", ""]
+    lines += ["Its text comes from `run.json` beside it, which holds versions, hardware and the loss.", ""]
+    with atomic_write(folder / "README.md") as f:
+        f.write("\n".join(lines))
+
+
+def add_arguments(p, data, save_dir, lr):
+    p.add_argument("--student", default=DEFAULT_STUDENT, help="hub id, folder or smollm2-135m (default: %(default)s)")
+    p.add_argument("--data", type=Path, default=Path(data), help="training rows (default: %(default)s)")
+    p.add_argument("--save_dir", type=Path, default=Path(save_dir), help="adapter folder (default: %(default)s)")
+    p.add_argument("--task", type=Path, help="label task; default: NAME_task.json beside NAME_sft.jsonl, if there")
+    p.add_argument("--epochs", type=float, default=3, help="passes over the rows (default: %(default)s)")
+    p.add_argument("--max_steps", type=int, default=-1, help="stop after so many steps, whatever --epochs says")
+    p.add_argument("--lr", type=float, default=lr, help="peak learning rate (default: %(default)s)")
+    p.add_argument("--batch_size", type=int, default=16, help="effective batch, all GPUs together (default: 16)")
+    p.add_argument("--micro_batch", type=int, help="rows at once; default: the whole batch on a GPU, 8 on a CPU")
+    p.add_argument("--lora_r", type=int, default=16, help="adapter rank, alpha is twice that (default: 16)")
+    p.add_argument("--max_len", type=int, default=1024, help="longer rows are dropped and counted (default: 1024)")
+    p.add_argument("--dev_rows", type=int, help="development rows scored; default: 1000 on a GPU, 100 on a CPU")
+    p.add_argument("--eval_steps", type=int, help="steps between evaluations; default: 8 a run")
+    p.add_argument("--precision", choices=["auto", "nf4", "bf16", "fp32"], default="auto", help="of the base model")
+    p.add_argument("--seed", type=int, default=SEED, help="of split, order and adapter (default: %(default)s)")
+    p.add_argument("--resume_from_checkpoint", metavar="PATH|last", help="go on from a checkpoint of this run")
+    return p
