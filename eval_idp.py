@@ -1,0 +1,318 @@
+"""Evaluate extraction models on the same held-out documents, constrained and not: one table, report.json, a picture.
+
+    python eval_idp.py --model_dir smollm2-135m runs/idp_sft runs/idp_kd --data receipts.jsonl \
+        --schema data/sroie_schema.json --val_frac 0.5
+
+On a CPU, a few minutes:
+
+    python eval_idp.py --model_dir smollm2-135m --data data/idp_corpus.jsonl --schema data/idp_schema.json --limit 4
+
+Held out are the companies that idp_prepare.py kept apart (same file, seed and fraction). Values are compared by
+`canonical`: amounts and dates by value, text by its letters and digits in lower case. A field counts once for every
+value, so the items of a list are compared as a multiset, field by field.
+"""
+
+import argparse
+import json
+import re
+import time
+import unicodedata
+from collections import Counter
+from datetime import date, datetime
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from common import SEED, UserError, cli, holdout, load_model, row_hash, run_record, write_json, write_jsonl
+from idp_decode import Constraint, Vocabulary, check_schema, validator
+from idp_prepare import read_corpus
+from infer_idp import compact, extract, generate, idp_prompt, parse_valid, pieces_of, read_json
+
+SROIE_FIELDS = {"company", "date", "address", "total"}
+MONTHS = ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"]
+DATE = r"(\d{4})[-/.](\d\d?)[-/.](\d\d?)|(\d\d?)[-/. ]?(\d\d?|[a-z]{3})[-/. ,]*(\d{4}|\d\d)"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What counts as right
+
+
+def as_date(text):
+    """The ISO date that a text states and nothing else, day before month; None where it is no date."""
+    m = re.fullmatch(DATE, text.strip().lower())
+    if not m:
+        return None
+    year, month, day = m.group(1, 2, 3) if m[1] else m.group(6, 5, 4)
+    month = MONTHS.index(month) + 1 if month in MONTHS else month
+    try:
+        return date(int(year) + 2000 * (len(year) == 2), int(month), int(day)).isoformat()
+    except ValueError:
+        return None
+
+
+def canonical(value):
+    """What two values must share to count as equal: an amount or a date by value, else letters and digits, lower case.
+
+    "RM 1,234.50" and 1234.5 are equal, as are "25/12/2018" and "2018-12-25", "No.2, JALAN 3" and "no 2 jalan 3".
+    None where nothing is stated: null, an empty text, only punctuation.
+    """
+    if isinstance(value, bool) or value is None:
+        return value
+    if isinstance(value, (int, float)):
+        return ("number", round(float(value), 2))
+    amount = re.fullmatch(r"\s*\D{0,4}?\s*(-?\d[\d,]*\.\d\d?)\s*\D{0,4}", value)
+    if amount:
+        return ("number", round(float(amount[1].replace(",", "")), 2))
+    if as_date(value):
+        return ("date", as_date(value))
+    text = "".join(c for c in unicodedata.normalize("NFKC", value).casefold() if c.isalnum())
+    return ("text", text) if text else None
+
+
+def leaves(value, path=""):
+    """(path, value) of every scalar inside a JSON value; list positions are not part of the path."""
+    if isinstance(value, dict):
+        return [leaf for k, v in value.items() for leaf in leaves(v, f"{path}.{k}" if path else k)]
+    if isinstance(value, list):
+        return [leaf for v in value for leaf in leaves(v, path + "[]")]
+    return [(path, value)]
+
+
+def field_counts(predicted, gold):
+    """{path: [right, predicted, in the gold]} of one document; null counts as not stated."""
+    have, want = (
+        Counter((p, canonical(v)) for p, v in leaves(x) if canonical(v) is not None) for x in (predicted, gold)
+    )
+    counts = {}
+    for index, counter in enumerate((have & want, have, want)):
+        for (path, _), n in counter.items():
+            counts.setdefault(path, [0, 0, 0])[index] += n
+    return counts
+
+
+def f1_scores(counts):
+    """counts (..., 3) of right, predicted, gold -> precision, recall, F1 of the same leading shape; 0 for 0/0."""
+    right, predicted, gold = np.moveaxis(np.asarray(counts, float), -1, 0)
+    ratio = [np.divide(a, b, out=np.zeros_like(b), where=b > 0) for a, b in ((right, predicted), (right, gold))]
+    return *ratio, np.divide(2 * right, predicted + gold, out=np.zeros_like(right), where=predicted + gold > 0)
+
+
+def edit_similarity(a, b):
+    """1 - Levenshtein distance / length of the longer: 1 for equal texts, 0 where every character differs."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+    return 1 - row[-1] / max(len(a), len(b), 1)
+
+
+def resampled(groups, draws=2000, seed=0):
+    """Weights (draws, documents): how often each document is in a bootstrap sample of the groups."""
+    names, index = np.unique(groups, return_inverse=True)
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)[:, index]
+
+
+def interval(values):
+    return [round(float(v), 4) for v in np.percentile(values, [2.5, 97.5])]
+
+
+def with_interval(value, weights, per_document):
+    """{"value", "ci95"} of a mean over documents."""
+    means = weights @ np.asarray(per_document, float) / weights.sum(1)
+    return {"value": round(float(value), 4), "ci95": interval(means)}
+
+
+def summarise(results, gold, groups):
+    """Validity, exact match, scores by field and their macro and micro means, each with a 95 % interval over groups.
+
+    results: one dict a document with "value" (None where it is no JSON) and "valid".
+    """
+    counts = [field_counts(r["value"], g) for r, g in zip(results, gold, strict=True)]
+    stated = Counter(p for g in gold for p, v in leaves(g) if canonical(v) is not None)
+    paths = list(stated)  # a field that no gold states has no recall
+    table = np.array([[c.get(p, [0, 0, 0]) for p in paths] for c in counts], float)  # documents, fields, 3
+    weights = resampled(groups)
+    drawn = np.einsum("wd,dfc->wfc", weights, table)
+    precision, recall, f1 = f1_scores(table.sum(0))
+    drawn_f1 = f1_scores(drawn)[2]
+    valid = [r["valid"] for r in results]
+    exact = [r["valid"] and all(a == p == g for a, p, g in c.values()) for r, c in zip(results, counts, strict=True)]
+    texts = {p: [] for p in paths if "[]" not in p}
+    for r, g in zip(results, gold, strict=True):
+        have = dict(leaves(r["value"]))
+        for p, v in leaves(g):
+            if p in texts and isinstance(v, str) and canonical(v)[0] == "text":
+                texts[p].append(edit_similarity(str(have.get(p) or ""), v))
+    fields = {}
+    for i, p in enumerate(paths):
+        row = {"precision": precision[i], "recall": recall[i], "f1": f1[i]}
+        fields[p] = {k: round(float(v), 4) for k, v in row.items()} | {"ci95": interval(drawn_f1[:, i]), "n": stated[p]}
+        if texts.get(p):
+            fields[p]["edit_similarity"] = round(float(np.mean(texts[p])), 4)
+    micro = f1_scores(table.sum((0, 1)))[2]
+    return {
+        "n": len(gold),
+        "valid": with_interval(np.mean(valid), weights, valid),
+        "exact_match": with_interval(np.mean(exact), weights, exact),
+        "macro_f1": {"value": round(float(f1.mean()), 4), "ci95": interval(drawn_f1.mean(1))},
+        "micro_f1": {"value": round(float(micro), 4), "ci95": interval(f1_scores(drawn.sum(1))[2])},
+        "fields": fields,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is compared
+
+
+def regex_receipt(document):
+    """The SROIE fields by regular expressions and position: what a model has to beat."""
+    lines = [line.strip() for line in document.splitlines() if line.strip()]
+    legal = r"\b(SDN|BHD|S/B|ENTERPRISE|TRADING|RESTAURANT|RESTORAN|LTD|COMPANY|MART|SHOP)\b"
+    company = next((i for i, line in enumerate(lines[:6]) if re.search(legal, line)), 0)
+    rest = lines[company + 1 :]
+    stop = r"TEL|FAX|GST|INVOICE|RECEIPT|CASH|DATE|PHONE|\bBILL\b|" + r"\d\d[/-]\d\d[/-]\d\d"
+    end = next((i for i, line in enumerate(rest) if i and re.search(stop, line)), min(3, len(rest)))
+    address = [line for line in rest[:end] if not re.search(r"^\(?[\dA-Z]{6,}-?[A-Z]?\)?$|" + stop, line)]
+    day = re.search(r"\b\d{4}[-/.]\d\d[-/.]\d\d\b|\b\d\d?([-/. ])(\d\d?|[A-Za-z]{3})\1(\d{4}|\d\d)\b", document)
+    amount, total = r"(\d[\d,]*\.\d\d)\b", None
+    for i, line in enumerate(lines):  # the last line of a total, or the amount on the line behind it
+        if re.search(r"TOTAL", line) and not re.search(r"SUB|QTY|ITEM|GST \d|TAX\b|SAVING|DISC", line):
+            found = re.findall(amount, line) or re.findall(amount, lines[i + 1] if i + 1 < len(lines) else "")[:1]
+            total = found[-1] if found and float(found[-1].replace(",", "")) else total
+    return {
+        "company": lines[company],
+        "date": day[0] if day else None,
+        "address": " ".join(address) or None,
+        "total": total,
+    }
+
+
+def free_value(text):
+    """The JSON in an unconstrained answer: from its first brace to its last."""
+    m = re.search(r"\{.*\}", text, re.DOTALL)
+    try:
+        return json.loads(m[0]) if m else None
+    except (ValueError, RecursionError):
+        return None
+
+
+def check_overlap(name, prompts, allowed):
+    """How many evaluation prompts a model was trained on. Error: UserError where there are some, unless allowed."""
+    hashes = Path(name) / "train_rows.txt"
+    trained = set(hashes.read_text().split()) if hashes.is_file() else set()
+    seen = sum(row_hash(p) in trained for p in prompts)
+    if seen and not allowed:
+        raise UserError(f"{name}: {seen} of {len(prompts)} documents are among its training rows (--allow_overlap)")
+    return seen
+
+
+def run_model(name, rows, schema, grammar, args):
+    """{mode: results} of one model: constrained, and what the same model writes without a constraint."""
+    model, tokenizer = load_model(name)
+    constraint = Constraint.of(grammar, Vocabulary.of(tokenizer, model.config.vocab_size), args.max_new_tokens)
+    judge, context = validator(schema), model.config.max_position_embeddings
+    for i, row in enumerate(rows, 1):
+        if len(pieces_of(row["document"], schema, tokenizer, context, args.max_new_tokens)) > 1:
+            raise UserError(f"{args.data}: held-out row {i} exceeds the context of {name}; expected shorter ones")
+    results = {"constrained": [None] * len(rows), "free": [None] * len(rows)}
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["document"]))  # little padding in a batch
+    for at in tqdm(range(0, len(rows), args.batch_size), desc=Path(name).name, unit="batch"):
+        batch = order[at : at + args.batch_size]
+        documents = [rows[i]["document"] for i in batch]
+        values = extract(model, tokenizer, documents, schema, constraint, args.max_new_tokens, args.batch_size)
+        texts = generate(model, tokenizer, [idp_prompt(schema, d) for d in documents], args.max_new_tokens)
+        for i, value, text in zip(batch, values, texts, strict=True):
+            results["constrained"][i] = {"value": value, "valid": judge.is_valid(value), "text": compact(value)}
+            valid = parse_valid(text, judge)[1] is None
+            results["free"][i] = {"value": free_value(text), "valid": valid, "text": text}
+    return results
+
+
+def picture(report, path):
+    """F1 by field with 95 % intervals, one bar a system."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    systems = {name: r for name, r in report["systems"].items() if not name.endswith(" free")}
+    paths = list(next(iter(systems.values()))["fields"])
+    fig, ax = plt.subplots(figsize=(1.5 + 1.3 * len(paths), 4), layout="constrained")
+    width = 0.8 / len(systems)
+    for k, (name, r) in enumerate(systems.items()):
+        f1 = np.array([r["fields"][p]["f1"] for p in paths])
+        low, high = np.array([r["fields"][p]["ci95"] for p in paths]).T
+        error = np.maximum([f1 - low, high - f1], 0)
+        ax.bar(np.arange(len(paths)) + k * width, f1, width, yerr=error, capsize=2, label=name)
+    ax.set_xticks(np.arange(len(paths)) + 0.4 - width / 2, paths, rotation=20)
+    ax.set(ylim=(0, 1.02), ylabel="F1", title=f"{report['n']} held-out documents")
+    ax.legend(fontsize="small")
+    fig.savefig(path, dpi=120)
+
+
+def table(report):
+    lines = [f"{'system':34}{'valid':>7}{'exact':>7}  {'macro F1 (95 %)':22}{'micro F1':>9}"]
+    for name, r in report["systems"].items():
+        low, high = r["macro_f1"]["ci95"]
+        macro = f"{r['macro_f1']['value']:.3f} ({low:.3f}-{high:.3f})"
+        valid, exact, micro = (r[k]["value"] for k in ("valid", "exact_match", "micro_f1"))
+        lines.append(f"{name[-34:]:34}{valid:7.3f}{exact:7.3f}  {macro:22}{micro:9.3f}")
+        lines.append("    " + ", ".join(f"{p} {f['f1']:.3f}" for p, f in r["fields"].items()))
+    return "\n".join(lines)
+
+
+def main(args):
+    out = args.out or Path("runs/reports") / datetime.now().strftime("idp-%Y%m%d-%H%M%S")
+    schema = read_json(args.schema)
+    grammar = check_schema(schema)
+    _, rows = holdout(read_corpus(args.data, schema, args.group_field), args.seed, args.val_frac)
+    rows = rows[: args.limit]
+    if not rows:
+        raise UserError(f"{args.data}: no held-out rows; expected more groups or a larger --val_frac")
+    prompts = [idp_prompt(schema, r["document"]) for r in rows]
+    overlap = {name: check_overlap(name, prompts, args.allow_overlap) for name in args.model_dir}
+    gold, groups = [r["gold"] for r in rows], [r["group"] for r in rows]
+    report = {"run": run_record(args), "n": len(rows), "groups": len(set(groups)), "training_overlap": overlap}
+    report["systems"] = {}
+    if set(schema.get("properties", {})) == SROIE_FIELDS:
+        values = [regex_receipt(r["document"]) for r in rows]
+        report["systems"]["regular expressions"] = summarise(
+            [{"value": v, "valid": True} for v in values], gold, groups
+        )
+    for name in args.model_dir:
+        start = time.perf_counter()
+        for mode, results in run_model(name, rows, schema, grammar, args).items():
+            system = name if mode == "constrained" else f"{name} free"
+            report["systems"][system] = summarise(results, gold, groups)
+            lines = [
+                {"gold": g, **r, "fields": field_counts(r["value"], g)} for r, g in zip(results, gold, strict=True)
+            ]
+            write_jsonl(out / f"{Path(name).name}_{mode}.jsonl", lines)
+        report["systems"][name]["seconds_both_modes"] = round(time.perf_counter() - start, 1)
+    write_json(out / "report.json", report)
+    picture(report, out / "f1_by_field.png")
+    print(table(report))
+    if sum(overlap.values()):
+        print(f"WARNING: {overlap} documents were trained on; these figures measure memory")
+    print(f"{out}/report.json, f1_by_field.png and one JSONL a system")
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model_dir", nargs="+", required=True, help="adapter or model folders, hub ids or smollm2-135m")
+    p.add_argument("--data", required=True, type=Path, help="the corpus that idp_prepare.py read")
+    p.add_argument("--schema", required=True, type=Path, help="the JSON Schema that it was prepared with")
+    p.add_argument("--out", type=Path, help="folder of the report (default runs/reports/idp-<time>)")
+    p.add_argument("--group_field", default="company", help="as given to idp_prepare.py (default company)")
+    p.add_argument("--val_frac", type=float, default=0.33, help="share of the groups held out (default 0.33)")
+    p.add_argument("--seed", type=int, default=SEED, help=f"of the split (default {SEED})")
+    p.add_argument("--limit", type=int, help="only the first n held-out documents (default: all)")
+    p.add_argument("--max_new_tokens", type=int, default=512, help="tokens of one answer (default 512)")
+    p.add_argument("--batch_size", type=int, default=8, help="documents at once (default 8): memory against time")
+    p.add_argument(
+        "--allow_overlap", action="store_true", help="evaluate on trained documents all the same, and say so"
+    )
+    cli(main, p.parse_args())

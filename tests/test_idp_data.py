@@ -1,0 +1,192 @@
+"""idp_prepare.py and eval_idp.py: the corpus, the split, the rejected answers, and the metrics by hand."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from common import UserError, read_json, row_hash
+from eval_idp import (
+    canonical,
+    check_overlap,
+    edit_similarity,
+    f1_scores,
+    field_counts,
+    free_value,
+    regex_receipt,
+    resampled,
+    summarise,
+)
+from idp_decode import validator
+from idp_prepare import mistakes, read_corpus, synthesize
+from infer_idp import idp_prompt
+
+SCHEMA = ROOT / "data" / "idp_schema.json"
+SROIE = ROOT / "data" / "sroie_schema.json"
+RECEIPT = """YONG ENTERPRISE
+(JM0517726)
+NO 12 JALAN DEDAP
+81100 JOHOR BAHRU
+TEL 07-3523888
+DATE 25/12/2018
+SUB TOTAL 70.00
+TOTAL : 80.90
+CASH : 100.00"""
+GOLD = {
+    "company": "YONG ENTERPRISE",
+    "date": "25/12/2018",
+    "address": "NO 12 JALAN DEDAP 81100 JOHOR BAHRU",
+    "total": "80.90",
+}
+
+
+def test_the_shipped_corpus_is_what_the_seed_generates():
+    rows = [json.loads(line) for line in (ROOT / "data" / "idp_corpus.jsonl").read_text("utf-8").splitlines()]
+    assert rows == synthesize(600, 42)
+    judge = validator(read_json(SCHEMA))
+    assert all(judge.is_valid(r["gold"]) for r in rows)
+    assert synthesize(20, 1) != synthesize(20, 2)
+
+
+def test_what_the_generated_gold_states_is_in_the_document():
+    for row in synthesize(200, 7):
+        text = " ".join(row["document"].split())
+        assert row["gold"]["company"] is None or row["gold"]["company"] in text
+        assert all(item["description"] in text for item in row["gold"]["items"])
+        for key in ("subtotal", "tax", "total"):
+            amount = row["gold"][key]
+            digits = f"{amount:,.2f}" if amount is not None else ""
+            assert digits in text or digits.translate(str.maketrans(",.", ".,")) in text
+
+
+def test_prepare_splits_by_group_and_checks_itself(run, tmp_path):
+    corpus = tmp_path / "c.jsonl"
+    done = run("idp_prepare.py", "--synthesize", 80, "--src", corpus, "--schema", SCHEMA, "--outdir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    sft, kd, dpo = ([json.loads(x) for x in (tmp_path / f"idp_{n}.jsonl").open()] for n in ("sft", "kd", "dpo"))
+    schema = read_json(SCHEMA)
+    judge, rows = validator(schema), read_corpus(corpus, schema, "company")
+    by_prompt = {idp_prompt(schema, r["document"]): r for r in rows}
+    trained = {by_prompt[r["input"]]["group"] for r in sft}
+    held = [r for r in rows if idp_prompt(schema, r["document"]) not in {x["input"] for x in sft}]
+    assert held and not trained & {r["group"] for r in held}
+    for r in sft:
+        assert json.loads(r["output"]) == by_prompt[r["input"]]["gold"]
+        assert (
+            list(json.loads(r["output"])) == list(schema["properties"]) and ": " not in r["output"].split('"items"')[0]
+        )
+    assert [r["teacher_output"] for r in kd] == [r["output"] for r in sft]
+    for r in dpo:
+        rejected = json.loads(r["rejected"])
+        assert judge.is_valid(rejected) and rejected != json.loads(r["chosen"]) and r["prompt"] in by_prompt
+
+
+def test_mistakes_are_the_plausible_ones():
+    gold = {"date": "2024-03-05", "items": [{"n": 1}, {"n": 2}], "total": 9.5, "tax": 0.5, "name": "A B C"}
+    made = mistakes(gold, "TOTAL 9.50 CASH 10.00")
+    assert ("swapped numbers", {**gold, "total": 0.5, "tax": 9.5}) in made
+    assert ("swapped day and month", {**gold, "date": "2024-05-03"}) in made
+    assert ("missing item", {**gold, "items": [{"n": 2}]}) in made
+    assert ("other number", {**gold, "total": 10.0}) in made
+    assert ("text cut short", {**gold, "name": "A B"}) in made
+    assert ("date format", {"d": "2018/12/25"}) in mistakes({"d": "25/12/2018"}, "")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"document": "x", "gold": {**GOLD, "total": 5}}, r"row 1: gold \$.total: 5 is not of type"),
+        ({"document": "x", "gold": {"company": "A"}}, r"row 1: gold \$: 'date' is a required property"),
+        ({"document": " ", "gold": GOLD}, "field 'document' is empty"),
+        ({"document": "x"}, "field 'gold' is missing"),
+    ],
+)
+def test_a_bad_corpus_row_is_named(jsonl, row, message):
+    with pytest.raises(UserError, match=message):
+        read_corpus(jsonl("c.jsonl", [row]), read_json(SROIE), "company")
+
+
+def test_group_is_the_companys_spelling_or_the_document(jsonl):
+    rows = [{"document": "a", "gold": {**GOLD, "company": c}} for c in ("Acme, Ltd.", "ACME LTD", None)]
+    rows.append({"document": "b", "gold": {**GOLD, "company": None}, "group": "own"})
+    groups = [r["group"] for r in read_corpus(jsonl("c.jsonl", rows), read_json(SROIE), "company")]
+    assert groups[0] == groups[1] and groups[2] not in (None, groups[0]) and groups[3] == "own"
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "equal"),
+    [
+        ("RM 1,234.50", 1234.5, True),
+        ("9.00", "9.0", True),
+        ("25/12/2018", "2018-12-25", True),
+        ("25 DEC 18", "25.12.2018", True),
+        ("25/12/2018", "12/25/2018", False),
+        ("NO.2, JALAN 3", "no 2 jalan 3", True),
+        ("ACME", "ACNE", False),
+        ("", None, True),
+        (True, 1, False),
+        ("31/02/2018", "31-02-2018", True),  # no date: compared as text
+    ],
+)
+def test_canonical(a, b, equal):
+    assert (canonical(a) == canonical(b)) is equal
+
+
+def test_edit_similarity_by_hand():
+    assert edit_similarity("kitten", "sitting") == pytest.approx(1 - 3 / 7)
+    assert edit_similarity("", "") == 1 and edit_similarity("abc", "") == 0 and edit_similarity("ab", "ab") == 1
+
+
+def test_field_counts_and_f1_by_hand():
+    gold = {"name": "A", "total": 5.0, "items": [{"d": "x"}, {"d": "y"}, {"d": "y"}]}
+    predicted = {"name": "B", "total": "5.00", "items": [{"d": "y"}, {"d": "z"}], "date": "2020-01-01"}
+    counts = field_counts(predicted, gold)
+    assert counts == {"name": [0, 1, 1], "total": [1, 1, 1], "items[].d": [1, 2, 3], "date": [0, 1, 0]}
+    precision, recall, f1 = f1_scores([[1, 2, 3], [0, 0, 0], [2, 2, 2]])
+    assert precision.tolist() == [0.5, 0, 1] and recall.tolist() == [pytest.approx(1 / 3), 0, 1]
+    assert f1.tolist() == [pytest.approx(0.4), 0, 1]
+
+
+def test_summary_by_hand():
+    gold = [{"a": "x", "b": 1.0}, {"a": "y", "b": 2.0}]
+    results = [{"value": {"a": "x", "b": 1.0}, "valid": True}, {"value": None, "valid": False}]
+    s = summarise(results, gold, ["g", "h"])
+    assert s["valid"]["value"] == s["exact_match"]["value"] == 0.5
+    assert s["fields"]["a"]["precision"] == 1 and s["fields"]["a"]["recall"] == 0.5
+    assert s["macro_f1"]["value"] == pytest.approx(2 / 3, abs=1e-4)
+    assert s["fields"]["a"]["edit_similarity"] == 0.5
+    assert s["valid"]["ci95"] == [0.0, 1.0]
+
+
+def test_bootstrap_keeps_groups_whole():
+    weights = resampled(["a", "b", "a", "c"], draws=50)
+    assert weights.shape == (50, 4) and (weights[:, 0] == weights[:, 2]).all()
+    assert ((weights[:, 0] + weights[:, 1] + weights[:, 3]) == 3).all() and np.ptp(weights[:, 1]) > 0
+
+
+def test_regular_expressions_and_free_text():
+    assert regex_receipt(RECEIPT) == GOLD
+    assert free_value('Sure:\n```json\n{"a": 1}\n```') == {"a": 1}
+    assert free_value("none") is None and free_value("{a}") is None
+
+
+def test_trained_documents_are_refused(tmp_path):
+    (tmp_path / "train_rows.txt").write_text(row_hash("seen") + "\n")
+    with pytest.raises(UserError, match="1 of 2 documents are among its training rows"):
+        check_overlap(tmp_path, ["seen", "new"], allowed=False)
+    assert check_overlap(tmp_path, ["seen", "new"], allowed=True) == 1
+    assert check_overlap("smollm2-135m", ["seen"], allowed=False) == 0
+
+
+def test_evaluation_reports_every_system(run, tiny, jsonl, tmp_path):
+    corpus = jsonl("c.jsonl", [{"document": RECEIPT, "gold": {**GOLD, "company": f"YONG {i}"}} for i in range(12)])
+    options = ["--data", corpus, "--schema", SROIE, "--val_frac", 0.5, "--max_new_tokens", 24, "--limit", 3]
+    done = run("eval_idp.py", "--model_dir", tiny, *options, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    report = read_json(tmp_path / "out" / "report.json")
+    assert list(report["systems"]) == ["regular expressions", str(tiny), f"{tiny} free"]
+    assert report["systems"][str(tiny)]["valid"]["value"] == 1.0
+    assert report["systems"]["regular expressions"]["fields"]["total"]["f1"] == 1.0
+    lines = (tmp_path / "out" / f"{tiny.name}_constrained.jsonl").read_text().splitlines()
+    assert len(lines) == 3 and (tmp_path / "out" / "f1_by_field.png").stat().st_size > 5000
