@@ -1,0 +1,286 @@
+"""Code tasks -> data/codegen_{sft,kd,dpo}.jsonl: every solution executed, nothing that resembles HumanEval.
+
+    python codegen_prepare.py                                                  # the shipped tasks
+    python codegen_prepare.py --corpus data/codegen_tasks.jsonl my_mbpp.jsonl --teacher runs/teacher_samples.jsonl
+    python codegen_prepare.py --limit 10 --out_dir runs/try                                                    # CPU
+
+A corpus is JSONL of {"prompt", "solution", "tests", "plan"?} or MBPP's {"text", "code", "test_list"}. A teacher file
+is what `infer_codegen.py --input CORPUS --output FILE --n 4` of a larger model wrote.
+"""
+
+import argparse
+import ast
+import random
+import re
+from collections import Counter
+from pathlib import Path
+
+from codegen_sandbox import TIMEOUT, describe_isolation, run_many
+from common import ROOT, SEED, UserError, cli, read_rows, write_jsonl
+from eval_codegen import humaneval
+from infer_codegen import code_prompt, fenced, parse_tests, plan_prompt, read_tasks
+
+WORDS, TOKENS = 4, 6  # n-gram lengths of descriptions and of code
+OVERLAP, SHARED = 0.4, 5  # a near-duplicate shares this part of the shorter side's n-grams, and at least so many
+TRIES = 4  # mutants tried for each rejected answer wanted
+
+
+def main(args):
+    print(describe_isolation())
+    tasks = [task for path in args.corpus for task in read_tasks(path)][: args.limit]
+    total, dropped = len(tasks), Counter()
+    tasks = drop_incomplete(tasks, dropped)
+    tasks = drop_near_duplicates(tasks, humaneval(), dropped)
+    tasks = drop_failing(tasks, dropped)
+    if not tasks:
+        raise UserError(f"{args.corpus[0]}: none of {total} tasks is left: {dict(dropped)}")
+    teacher = teacher_outputs(args.teacher, tasks, dropped) if args.teacher else own_outputs(tasks)
+    rows = {"sft": sft_rows(tasks), "kd": teacher, "dpo": dpo_rows(tasks, args.rejected, args.seed)}
+    print(f"{len(tasks)} of {total} tasks kept; dropped: {dict(dropped) or 'none'}")
+    for route, made in rows.items():
+        path = args.out_dir / f"codegen_{route}.jsonl"
+        write_jsonl(path, made)
+        print(f"{path}: {len(made)} rows")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which tasks are kept
+
+
+def drop_incomplete(tasks, dropped):
+    kept = []
+    for task in tasks:
+        try:
+            parse_tests(task["tests"], task["task_id"])
+        except UserError:
+            dropped["tests do not parse"] += 1
+            continue
+        if not task["tests"].strip() or not task.get("solution", "").strip():
+            dropped["no solution or no tests"] += 1
+        else:
+            kept.append(task)
+    return kept
+
+
+def drop_failing(tasks, dropped):
+    """Tasks whose solution passes its own tests in the sandbox."""
+    verdicts = run_many([(t["solution"], t["tests"]) for t in tasks], desc="solutions")
+    for verdict in verdicts:
+        if verdict["kind"] != "passed":
+            dropped[f"solution fails: {verdict['kind']}"] += 1
+    return [t for t, v in zip(tasks, verdicts, strict=True) if v["kind"] == "passed"]
+
+
+def drop_near_duplicates(tasks, problems, dropped):
+    """Tasks that resemble no evaluation problem, neither in their description nor in their solution."""
+    known = [(description_grams(p["prompt"]), code_grams(p["solution"])) for p in problems]
+    kept = []
+    for task in tasks:
+        words, tokens = description_grams(task["prompt"]), code_grams(task["solution"])
+        if any(overlaps(words, w) or overlaps(tokens, t) for w, t in known):
+            dropped["near-duplicate of HumanEval"] += 1
+        else:
+            kept.append(task)
+    return kept
+
+
+def description_grams(prompt):
+    """Word n-grams of what a prompt says: of a stub the last docstring, in both cases without the examples."""
+    docstrings = re.findall(r"\"\"\"(.*?)\"\"\"|'''(.*?)'''", prompt, flags=re.DOTALL)
+    text = "".join(docstrings[-1]) if docstrings else prompt
+    text = re.split(r">>>|\nYour code should pass", text)[0]
+    return ngrams(re.findall(r"[a-z]+|\d+", text.lower()), WORDS)
+
+
+def code_grams(code):
+    return ngrams(re.findall(r"\w+|[^\w\s]", code), TOKENS)
+
+
+def ngrams(items, n):
+    return {tuple(items[i : i + n]) for i in range(len(items) - n + 1)}
+
+
+def overlaps(a, b):
+    shared = len(a & b)
+    return shared >= SHARED and shared / min(len(a), len(b)) >= OVERLAP
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows
+
+
+def sft_rows(tasks):
+    """{"input", "output", "group"}: the code, and where a task has a plan, the plan and the code that follows it."""
+    rows = []
+    for task in tasks:
+        pairs = [(code_prompt(task["prompt"]), fenced(task["solution"]))]
+        if task.get("plan"):
+            pairs.append((plan_prompt(task["prompt"]), task["plan"]))
+            pairs.append((code_prompt(task["prompt"], task["plan"]), fenced(task["solution"])))
+        rows += [{"input": i, "output": o, "group": task["task_id"]} for i, o in pairs]
+    return rows
+
+
+def own_outputs(tasks):
+    """KD rows without a teacher's file: the corpus is the teacher, and says its plan before the code."""
+    rows = []
+    for task in tasks:
+        output = "\n\n".join(filter(None, [task.get("plan"), fenced(task["solution"])]))
+        rows.append({"input": code_prompt(task["prompt"]), "teacher_output": output, "group": task["task_id"]})
+    return rows
+
+
+def teacher_outputs(path, tasks, dropped):
+    """KD rows {"input", "teacher_output", "group"} from a teacher's different samples that pass the task's tests."""
+    by_prompt = {task["prompt"]: task for task in tasks}
+    samples = {}
+    for row in read_rows(path, {"prompt": str}, {"code": str}):
+        if row["prompt"] not in by_prompt or not row.get("code"):
+            dropped["teacher: no code, or no such task"] += 1
+        else:
+            samples[row["prompt"], row["code"].strip()] = None  # a dictionary keeps the order and drops repetitions
+    verdicts = run_many([(code, by_prompt[prompt]["tests"]) for prompt, code in samples], desc="teacher")
+    rows = []
+    for (prompt, code), verdict in zip(samples, verdicts, strict=True):
+        if verdict["kind"] != "passed":
+            dropped[f"teacher fails: {verdict['kind']}"] += 1
+            continue
+        group = by_prompt[prompt]["task_id"]
+        rows.append({"input": code_prompt(prompt), "teacher_output": fenced(code), "group": group})
+    if not rows:
+        raise UserError(f"{path}: no sample passes the tests of the corpus; expected samples for its prompts")
+    return rows
+
+
+def dpo_rows(tasks, wanted, seed):
+    """{"prompt", "chosen", "rejected", "group"}: rejected is a mutant of the solution that the sandbox saw fail.
+
+    A mutant that times out is not taken: on a busy machine that proves little.
+    """
+    tried = []
+    for i, task in enumerate(tasks):
+        found = mutants(task["solution"])
+        random.Random(f"{seed}:{task['task_id']}").shuffle(found)
+        tried += [(i, kind, code) for kind, code in found[: wanted * TRIES]]
+    verdicts = run_many([(code, tasks[i]["tests"]) for i, _, code in tried], timeout=TIMEOUT // 2, desc="mutants")
+    taken, kinds = [{} for _ in tasks], Counter()
+    for (i, kind, code), verdict in zip(tried, verdicts, strict=True):
+        task, mine = tasks[i], taken[i]
+        # one of each kind, so that the pairs do not all teach the same mistake
+        if verdict["kind"] in ("wrong answer", "exception") and len(mine) < wanted and kind not in mine:
+            mine[kind] = {
+                "prompt": code_prompt(task["prompt"]),
+                "chosen": fenced(task["solution"]),
+                "rejected": fenced(code),
+                "group": task["task_id"],
+            }
+            kinds[kind] += 1
+    outcomes = Counter(v["kind"] for v in verdicts)
+    print(f"{len(tried)} mutants run: {dict(outcomes)}; rejected answers by mutation: {dict(kinds)}")
+    print(f"tasks without a rejected answer: {taken.count({})}")
+    return [row for mine in taken for row in mine.values()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mutations
+
+SWAPS = {
+    ast.Lt: ("<", "<="),
+    ast.LtE: ("<=", "<"),
+    ast.Gt: (">", ">="),
+    ast.GtE: (">=", ">"),
+    ast.Eq: ("==", "!="),
+    ast.NotEq: ("!=", "=="),
+    ast.In: ("in", "not in"),
+    ast.NotIn: ("not in", "in"),
+    ast.Is: ("is", "is not"),
+    ast.IsNot: ("is not", "is"),
+    ast.Add: ("+", "-"),
+    ast.Sub: ("-", "+"),
+    ast.Mult: ("*", "+"),
+    ast.Div: ("/", "//"),
+    ast.FloorDiv: ("//", "/"),
+    ast.Mod: ("%", "//"),
+    ast.And: ("and", "or"),
+    ast.Or: ("or", "and"),
+}
+
+
+def mutants(code):
+    """[(kind, code)]: each with one small mistake, as text that differs from the original in one place only.
+
+    The source is edited rather than the changed tree unparsed, or DPO would learn to tell the two apart by quotes and
+    blank lines. Kinds: operator, off by one, bound, missing return, condition.
+    """
+    raw = code.encode()  # columns of ast count bytes of UTF-8
+    lines = [0]
+    for line in raw.split(b"\n"):
+        lines.append(lines[-1] + len(line) + 1)
+    found = []
+    for node in ast.walk(ast.parse(code)):
+        for kind, start, end, new in mistakes(node, raw, lines):
+            mutant = (raw[:start] + new.encode() + raw[end:]).decode()
+            if mutant != code and parses(mutant):
+                found.append((kind, mutant))
+    return list(dict.fromkeys(found))
+
+
+def mistakes(node, raw, lines):
+    """[(kind, start, end, new text)]: edits of the source that put one mistake into the node.
+
+    raw: the source as bytes; lines: the offset of each of its lines. Offsets count bytes.
+    """
+
+    def start(n):
+        return lines[n.lineno - 1] + n.col_offset
+
+    def end(n):
+        return lines[n.end_lineno - 1] + n.end_col_offset
+
+    def swap(left, op, right):
+        old, new = SWAPS.get(type(op), (None, None))
+        if old is None:
+            return []
+        between = raw[end(left) : start(right)].decode()  # the operator, and parentheses or line breaks beside it
+        return [("operator", end(left), start(right), between.replace(old, new, 1))]
+
+    if isinstance(node, ast.Compare):
+        return swap(node.left, node.ops[0], node.comparators[0])
+    if isinstance(node, ast.BinOp):
+        return swap(node.left, node.op, node.right)
+    if isinstance(node, ast.BoolOp):
+        return swap(node.values[0], node.op, node.values[1])
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return [("off by one", start(node), end(node), str(abs(node.value + step))) for step in (1, -1)]
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "range" and node.args:
+        stop = node.args[min(len(node.args), 2) - 1]
+        return [("bound", end(stop), end(stop), " - 1")]
+    if isinstance(node, ast.Slice) and node.lower:
+        return [("bound", start(node.lower), end(node.lower), "")]
+    if isinstance(node, ast.Slice) and node.upper:
+        return [("bound", start(node), start(node), "1")]
+    if isinstance(node, ast.Return) and node.value:
+        return [("missing return", start(node), start(node) + len("return "), "")]
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        return [("condition", start(node), start(node.operand), "")]
+    return []
+
+
+def parses(code):
+    try:
+        ast.parse(code)
+    except SyntaxError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shipped = ROOT / "data" / "codegen_tasks.jsonl"
+    p.add_argument("--corpus", type=Path, nargs="+", default=[shipped], help="JSONL files (default: the shipped tasks)")
+    p.add_argument("--teacher", type=Path, help="samples of a larger model for KD (default: the corpus' plan and code)")
+    p.add_argument("--rejected", type=int, default=2, help="most DPO pairs a task (default 2); 4 runs for each")
+    p.add_argument("--out_dir", type=Path, default=ROOT / "data", help="folder of the three files (default data)")
+    p.add_argument("--limit", type=int, help="only the first tasks, to try it out (default: all)")
+    p.add_argument("--seed", type=int, default=SEED, help=f"of the choice of mutants (default {SEED})")
+    cli(main, p.parse_args())

