@@ -121,7 +121,9 @@ def lora_config(args):
 def lora(model, args, init_adapter=None):
     """The student with a fresh adapter, or with a trained one to go on from."""
     from peft import PeftModel, get_peft_model
+    from transformers import set_seed
 
+    set_seed(args.seed)  # TRL would do so only after the adapter is drawn
     if init_adapter:
         return PeftModel.from_pretrained(model, init_adapter, is_trainable=True)
     return get_peft_model(model, lora_config(args))

@@ -1,0 +1,125 @@
+"""What batching gives: 64 clients over four models against one request at a time, and against the offline scorer.
+
+    python tests/bench_serve.py                                    CPU or GPU, the embedded student
+    python tests/bench_serve.py --base Qwen/Qwen2.5-3B-Instruct --rows 8192
+
+Bars (issue 5): every answer equals the single-request answer to 1e-3 (fp32; bf16 differs with the batch's shape),
+at least 0.85x the offline scorer on the same rows, at least 1.2x one at a time on a CPU and 8x on a GPU. Rounds
+alternate in one run, so the ratios hold on a machine whose speed drifts. Where runs/smollm2_* are missing, adapters
+with random weights stand in: they cost the same.
+"""
+
+import argparse
+import concurrent.futures
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from serving import ROOT, Server, rows
+
+sys.path.insert(0, str(ROOT))
+from common import EMBEDDED, LabelScorer, Task, add_adapter, cli, load_base
+
+MODELS = ("base", "sft", "kd", "dpo")
+
+
+def main(args):
+    task = Task.load(ROOT / "data" / "creditmix_task.json")
+    with tempfile.TemporaryDirectory() as home:
+        folders = adapters(args.base, task, Path(home))
+        model, tokenizer = load_base(args.base)
+        for name in MODELS[1:]:
+            model = add_adapter(model, folders[name], name)
+        scorer = LabelScorer(model, tokenizer, task.labels, task.null_prompts())
+        asked = [(MODELS[i % 4], text) for i, text in enumerate(rows(args.rows))]
+        prompts = [task.prompt(text) for _, text in asked]
+        names = ["__base__" if name == "base" else name for name, _ in asked]
+        scorer.score(prompts[:8], names[:8])
+        env = {f"{name.upper()}_DIR": folder for name, folder in folders.items()}
+        env |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"), "DEADLINE": 600}  # slow CPUs: 2 rows/s
+        with Server(home, BASE_MODEL=args.base, **env) as server:
+            first = [timed(server.infer, *asked[0])[1] for _ in range(20)]
+            times, worst = {"offline": [], "served": [], "single": []}, 0.0
+            for i in range(args.rounds):
+                share = asked[i * 64 % args.rows :][:64]
+                seconds, alone = one_at_a_time(server, share)
+                times["single"].append(seconds / len(share))
+                times["offline"].append(timed(scorer.score, prompts, names)[1] / args.rows)
+                seconds, found = at_once(server, asked, args.clients)
+                times["served"].append(seconds / args.rows)
+                for got, want in zip(found[i * 64 % args.rows :], alone, strict=False):
+                    worst = max(worst, *(abs(got["scores"][label] - want["scores"][label]) for label in task.labels))
+            calls = server.metric("serve_batch_rows_count"), server.metric("serve_batch_rows_sum")
+    scored, served, single = (1 / np.median(seconds) for seconds in times.values())
+    print(f"{args.base}, {model.precision} on {model.device}, {args.rows} rows, {args.clients} clients, 4 models")
+    print(f"one at a time {single:.1f} rows/s, served {served:.1f} rows/s, offline scorer {scored:.1f} rows/s")
+    print(f"served / one at a time {served / single:.2f}x, served / offline {served / scored:.2f}x")
+    print(f"largest difference of a score from the single request's: {worst:.1e} over {64 * args.rounds} rows")
+    print(f"rows a forward pass, all phases: {calls[1] / calls[0]:.1f}")
+    print(f"first request {1000 * first[0]:.0f} ms, median of the next 19 {1000 * np.median(first[1:]):.0f} ms")
+
+
+def adapters(base, task, home):
+    """name -> adapter folder: the shipped ones of the embedded student, else random weights of the same shape."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    shipped = {name: ROOT / "runs" / f"smollm2_{name}" for name in MODELS[1:]}
+    if base == EMBEDDED and all((folder / "adapter_config.json").is_file() for folder in shipped.values()):
+        return shipped
+    print("adapters with random weights")
+    model, _ = load_base(base)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM"))
+    model.peft_config["default"].base_model_name_or_path = base
+    for name in MODELS[1:]:
+        torch.manual_seed(len(name) + ord(name[0]))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.normal_(0, 0.02)
+        model.save_pretrained(home / name)
+        task.save(home / name / "task.json")
+    return {name: home / name for name in MODELS[1:]}
+
+
+def timed(function, *args):
+    started = time.perf_counter()
+    result = function(*args)
+    return result, time.perf_counter() - started
+
+
+def one_at_a_time(server, asked):
+    connection, answers = server.connect(), []
+    started = time.perf_counter()
+    for model, text in asked:
+        answers.append(server.infer(model, text, connection=connection)[1])
+    return time.perf_counter() - started, answers
+
+
+def at_once(server, asked, clients):
+    """(seconds, answers in order): each client keeps one connection and asks its share, one after the other."""
+
+    def client(own):
+        connection = server.connect(300)
+        got = [server.infer(model, text, connection=connection) for model, text in own]
+        assert all(status == 200 for status, _, _ in got)
+        return [answer for _, answer, _ in got]
+
+    shares = [asked[i::clients] for i in range(clients)]
+    with concurrent.futures.ThreadPoolExecutor(clients) as pool:
+        started = time.perf_counter()
+        found = list(pool.map(client, shares))
+        seconds = time.perf_counter() - started
+    return seconds, [found[i % clients][i // clients] for i in range(len(asked))]
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--base", default=EMBEDDED, help="base model (default: %(default)s)")
+    p.add_argument("--rows", type=int, default=128, help="rows a round, at least 64; a GPU wants 8192 (default: 128)")
+    p.add_argument("--clients", type=int, default=64, help="concurrent clients (default: 64)")
+    p.add_argument("--rounds", type=int, default=3, help="rounds of offline and served; medians count (default: 3)")
+    cli(main, p.parse_args())

@@ -1,0 +1,202 @@
+"""The evaluation's figures by hand, and evaluation and inference as a user runs them."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from common import Task, row_hash, write_json
+from eval_creditmix import bootstrap, confusion, ece, from_confusion, mcnemar, metrics, takes_over
+
+LABELS = ("Good", "Good enough", "Standard", "Bad", "Very bad indeed", "Very good")  # one begins another
+TASK6 = Task("grades", LABELS, "Grade it.\n\n{input}", ("N/A", ""))
+
+
+# Figures by hand
+
+
+def test_confusion_accuracy_and_f1_by_hand():
+    matrix = confusion(np.array([0, 0, 1, 1, 2]), np.array([0, 1, 1, 1, 0]), 3)
+    assert matrix.tolist() == [[1, 1, 0], [0, 2, 0], [1, 0, 0]]
+    accuracy, macro_f1, per_class = from_confusion(matrix)
+    assert accuracy == pytest.approx(3 / 5) and macro_f1 == pytest.approx((0.5 + 0.8 + 0) / 3)
+    assert per_class[1] == {"precision": pytest.approx(2 / 3), "recall": 1.0, "f1": pytest.approx(0.8), "support": 2.0}
+
+
+def test_ece_and_brier_by_hand(task):
+    p = np.array([[0.8, 0.1, 0.1], [0.8, 0.1, 0.1], [0.1, 0.6, 0.3], [0.1, 0.6, 0.3]])
+    y = np.array([0, 1, 1, 1])
+    assert ece(p, y) == pytest.approx(0.5 * abs(0.5 - 0.8) + 0.5 * abs(1.0 - 0.6))
+    found = metrics(np.log(p), y, np.arange(4), task)
+    rows = [0.04 + 0.01 + 0.01, 0.64 + 0.81 + 0.01, 0.01 + 0.16 + 0.09, 0.01 + 0.16 + 0.09]
+    assert found["brier"] == pytest.approx(np.mean(rows))
+    assert found["log_loss"] == pytest.approx(-np.mean(np.log([0.8, 0.1, 0.6, 0.6])))
+
+
+def test_mcnemar_by_hand():
+    a = np.array([1, 1, 1, 1, 1, 1, 0, 1], dtype=bool)
+    b = np.array([0, 0, 0, 0, 0, 0, 1, 1], dtype=bool)
+    found = mcnemar(a, b)
+    assert (found["only_a_right"], found["only_b_right"]) == (6, 1)
+    assert found["p"] == pytest.approx(2 * (1 + 7) / 2**7)  # two-sided binomial of 1 or fewer in 7
+    assert mcnemar(a, a)["p"] == 1.0
+
+
+def test_bootstrap_resamples_customers_not_rows():
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 2, 400)
+    right = rng.random(100) < 0.7  # four rows a customer, all right or all wrong
+    predicted = np.where(np.repeat(right, 4), y, 1 - y)
+    customers = bootstrap(y, predicted, np.repeat(np.arange(100), 4), 2)[0].std()
+    rows = bootstrap(y, predicted, np.arange(400), 2)[0].std()
+    assert customers == pytest.approx(np.sqrt(0.7 * 0.3 / 100), rel=0.15) and customers > 1.7 * rows
+
+
+def test_a_class_that_takes_over_is_named():
+    assert takes_over(np.array([[10, 0], [9, 1]]), 0) and not takes_over(np.array([[10, 0], [3, 7]]), 0)
+
+
+# The scripts
+
+
+def features(i, label):
+    return (
+        f"Age: {20 + i % 40}.0, Annual Income: {1000 + i}.00, Outstanding Debt: {LABELS.index(label)}0{i % 100:02}.00"
+    )
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    """240 rows of 120 customers with six labels, and the task file."""
+    folder = tmp_path_factory.mktemp("raw")
+    rows = [(i, LABELS[i // 2 % 6]) for i in range(240)]
+    write_json(
+        folder / "rows.json",
+        [{"question": features(i, label), "answer": label, "group": str(i // 2)} for i, label in rows],
+    )
+    TASK6.save(folder / "task.json")
+    return folder
+
+
+def test_another_label_task_needs_no_code(run, tiny, raw, tmp_path):
+    """Six labels, some of several tokens, one the beginning of another: rows and a task file are enough."""
+    task = ("--task", raw / "task.json")
+    done = run("creditmix_prepare.py", "--src", raw / "rows.json", "--outdir", tmp_path, *task)
+    assert done.returncode == 0, done.stderr[-1500:]
+    TASK6.save(tmp_path / "grades_task.json")
+    for route in ("sft", "kd"):  # KD covers labels of several tokens in the distribution loss
+        flags = ["--student", tiny, "--save_dir", tmp_path / route, "--max_steps", 2, "--batch_size", 8]
+        done = run(f"{route}_train.py", "--data", tmp_path / f"grades_{route}.jsonl", *flags, "--dev_rows", 8)
+        assert done.returncode == 0, done.stderr[-1500:]
+    out = tmp_path / "report"
+    flags = ["--data", raw / "rows.json", "--val_per_class", 5, *task, "--out", out]
+    done = run("eval_creditmix.py", "--model_dir", tiny, tmp_path / "sft", tmp_path / "kd", *flags)
+    assert done.returncode == 0, done.stderr[-1500:]
+    report = json.loads((out / "report.json").read_text())
+    assert report["n"] == 30 and report["overlap"] == 0 and len(report["models"]) == 3
+    assert {"majority", "gradient_boosting"} == set(report["references"])
+    for view in (report["models"][1]["raw"], report["models"][1]["null"], report["models"][1]["fitted"]):
+        wanted = {"accuracy", "macro_f1", "accuracy_ci95", "macro_f1_ci95", "per_class", "confusion", "log_loss"}
+        assert wanted | {"brier", "ece"} <= set(view) and set(view["per_class"]) == set(LABELS)
+    assert report["models"][0]["fitted"] is None and len(report["mcnemar"]) == 3
+    lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    assert len(lines) == 30 and all(line[str(tmp_path / "sft")]["prediction"] in LABELS for line in lines)
+    assert {p.suffix for p in out.iterdir()} >= {".json", ".jsonl", ".png", ".txt"}
+    again = run("eval_creditmix.py", "--model_dir", tiny, tmp_path / "sft", tmp_path / "kd", *flags)
+    assert "scoring" not in again.stderr and again.returncode == 0  # scores kept: a stopped evaluation goes on
+
+
+def test_a_model_that_saw_the_rows_is_refused(run, tiny_adapter, raw, tmp_path):
+    adapter = tmp_path / "seen"
+    shutil.copytree(tiny_adapter("sft"), adapter)
+    TASK6.save(adapter / "task.json")
+    (adapter / "calibration.json").unlink()
+    rows = json.loads((raw / "rows.json").read_text())
+    (adapter / "train_rows.txt").write_text("\n".join(row_hash(TASK6.prompt(r["question"])) for r in rows))
+    flags = ["--model_dir", adapter, "--data", raw / "rows.json", "--val_per_class", 3, "--out", tmp_path / "report"]
+    done = run("eval_creditmix.py", *flags)
+    assert done.returncode == 2 and "trained on 18 of the 18 evaluation rows; expected none" in done.stderr
+    done = run("eval_creditmix.py", *flags, "--allow_overlap", "--fit_calibration", "--label_bias", "Bad=0.3")
+    assert done.returncode == 0 and "WARNING: 18 evaluation rows were trained on" in done.stdout, done.stderr[-1500:]
+    assert json.loads((adapter / "calibration.json").read_text())["dev_rows"] > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--val_per_class", "500"], "held-out rows"),
+        (["--label_bias", "Great=1"], "--label_bias Great=1: expected LABEL=NUMBER"),
+        (["--task", "none.json"], "none.json: no such file"),
+        (["--data", "none.json"], "none.json: no such file"),
+    ],
+)
+def test_bad_input_of_the_evaluation(run, tiny, raw, flags, message):
+    base = {"--model_dir": tiny, "--data": raw / "rows.json", "--task": raw / "task.json", "--out": raw / "x"}
+    base |= dict(zip(flags[::2], flags[1::2], strict=True))
+    done = run("eval_creditmix.py", *[x for pair in base.items() for x in pair])
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_infer_a_file_and_one_row_agree(run, tiny_adapter, jsonl, tmp_path):
+    rows = [{"question": f"Age: {i}.0, Occupation: Writer", "id": i} for i in range(40)]
+    flags = [
+        "--model_dir",
+        tiny_adapter("kd"),
+        "--input",
+        jsonl("rows.jsonl", rows),
+        "--output",
+        tmp_path / "out.jsonl",
+    ]
+    done = run("infer_creditmix.py", *flags)
+    assert done.returncode == 0 and "40 rows in" in done.stdout, done.stderr[-1500:]
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [r["id"] for r in found] == list(range(40))
+    one = run("infer_creditmix.py", "--model_dir", tiny_adapter("kd"), "--features", rows[7]["question"])
+    one = json.loads(one.stdout)
+    fields = ["model_name", "prediction", "scores", "raw_scores", "prior", "probabilities", "top2_margin"]
+    assert list(one) == fields
+    for label, score in one["scores"].items():
+        assert score == pytest.approx(found[7]["scores"][label], abs=1e-4)
+        by_hand = (one["raw_scores"][label] + {"Good": 0.1, "Standard": 0.0, "Bad": -0.1}[label]) / 0.8
+        assert score == pytest.approx(by_hand)
+    assert sum(one["probabilities"].values()) == pytest.approx(1)
+    top = sorted(one["scores"].values())
+    assert one["top2_margin"] == pytest.approx(top[-1] - top[-2])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--features", "  "], "--features: the text is empty"),
+        ([], "expected either --features TEXT, or --input FILE with --output FILE"),
+        (["--features", "x " * 50_000], "tokens; expected at most"),
+        (["--input", "none.jsonl", "--output", "o.jsonl"], "none.jsonl: no such file"),
+    ],
+)
+def test_bad_input_of_the_inference(run, tiny_adapter, flags, message):
+    done = run("infer_creditmix.py", "--model_dir", tiny_adapter("kd"), *flags)
+    assert done.returncode == 2 and message in done.stderr.split("\n")[-2], done.stderr[-1500:]
+
+
+@pytest.mark.parametrize("route", ["sft", "kd", "dpo"])
+def test_a_shipped_adapter_beats_the_base_on_held_out_twin_rows(task, route):
+    """36 held-out rows through the real student: enough to see 0.66 against 0.34."""
+    from common import ROOT, Calibration, LabelScorer, holdout, label_classes, load_model
+    from creditmix_prepare import read_raw
+    from eval_creditmix import pick
+
+    rows = read_raw(ROOT / "data" / "creditmix_dataset.json")[0]
+    held = pick(holdout(rows)[1], task, 12, 42)
+    y = label_classes("held out", held, "answer", task)
+    prompts = [task.prompt(r["question"]) for r in held]
+
+    def right(name):
+        scorer = LabelScorer(*load_model(name, "fp32"), task.labels, task.null_prompts())
+        scores = Calibration.load(name, task)(scorer.score(prompts), scorer.prior(task))
+        return int((scores.argmax(1) == y).sum())
+
+    folder = ROOT / "runs" / f"smollm2_{route}"
+    seen = set((folder / "train_rows.txt").read_text().split())
+    assert not seen & {row_hash(p) for p in prompts}
+    assert right(folder) >= right("smollm2-135m") + 4

@@ -1,0 +1,427 @@
+"""The server as a user starts it: a real process on loopback, a tiny random model with three adapters."""
+
+import concurrent.futures
+import importlib.util
+import json
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from serving import LONG, ROOT, Server, rows
+
+from common import Calibration, LabelScorer, load_model
+from infer_creditmix import answers
+
+MODELS = ("base", "sft", "kd", "dpo")
+FIELDS = ["model_name", "prediction", "scores", "raw_scores", "prior", "probabilities", "top2_margin"]
+
+
+@pytest.fixture(scope="module")
+def folders(tiny, tiny_adapter, tmp_path_factory):
+    """Environment of a server with three adapters of its own, which a test may change."""
+    home = tmp_path_factory.mktemp("served")
+    for name in MODELS[1:]:
+        shutil.copytree(tiny_adapter(name), home / name)
+    return {"BASE_MODEL": tiny, **{f"{name.upper()}_DIR": home / name for name in MODELS[1:]}}
+
+
+@pytest.fixture(scope="module")
+def server(folders, tmp_path_factory):
+    with Server(tmp_path_factory.mktemp("log"), API_KEY="open sesame", **folders) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def narrow(tiny, tiny_adapter, tmp_path_factory):
+    """A server with a short deadline and queue, one broken adapter, one missing and no key."""
+    home = tmp_path_factory.mktemp("narrow")
+    shutil.copytree(tiny_adapter("kd"), home / "kd")
+    weights = home / "kd" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    env = {"SFT_DIR": tiny_adapter("sft"), "KD_DIR": home / "kd", "DPO_DIR": home / "dpo"}
+    with Server(home, BASE_MODEL=tiny, DEADLINE=1, MAX_QUEUE=220, **env) as running:
+        yield running
+
+
+def offline(folder, task, texts, name):
+    """What infer_creditmix.py computes for these texts."""
+    model, tokenizer = load_model(folder)
+    scorer = LabelScorer(model, tokenizer, task.labels, task.null_prompts())
+    raw = scorer.score([task.prompt(text) for text in texts])
+    return answers(task, raw, scorer.prior(task), Calibration.load(folder, task), name)
+
+
+def same(a, b):
+    """Two answers agree to 1e-3 in every number."""
+    for field in FIELDS[2:6]:
+        assert a[field] == pytest.approx(b[field], abs=1e-3)
+    assert a["top2_margin"] == pytest.approx(b["top2_margin"], abs=1e-3)
+    assert a["model_name"] == b["model_name"]
+
+
+# Answers
+
+
+def test_answers_are_those_of_infer(server, folders, task):
+    texts = rows(5)
+    for name in MODELS:
+        folder = folders["BASE_MODEL" if name == "base" else f"{name.upper()}_DIR"]
+        expected = offline(folder, task, texts, name)
+        for text, want in zip(texts, expected, strict=True):
+            status, got, _ = server.infer(name, text)
+            assert (status, list(got)) == (200, FIELDS)
+            same(got, want)
+        status, got, _ = server.infer(name, texts)
+        assert status == 200
+        for one, want in zip(got, expected, strict=True):
+            same(one, want)
+    assert offline(folders["SFT_DIR"], task, texts[:1], "")[0] != offline(folders["KD_DIR"], task, texts[:1], "")[0]
+
+
+def test_64_clients_over_four_models_get_their_own_answers(server):
+    asked = [(MODELS[i % 4], text) for i, text in enumerate(rows(64))]
+    alone = [server.infer(*one)[1] for one in asked]
+    before = server.metric("serve_batch_rows_count"), server.metric("serve_batch_rows_sum")
+    wrong = []
+
+    def client(i):
+        connection = server.connect()
+        for k in range(4):
+            model, text = asked[(i + 16 * k + k) % 64]
+            status, got, _ = server.infer(model, text, connection=connection)
+            assert status == 200
+            same(got, alone[(i + 16 * k + k) % 64])
+        connection.close()
+        wrong.append(None)
+
+    with concurrent.futures.ThreadPoolExecutor(64) as pool:
+        for done in [pool.submit(client, i) for i in range(64)]:
+            done.result()
+    assert len(wrong) == 64
+    batches = server.metric("serve_batch_rows_count") - before[0]
+    assert server.metric("serve_batch_rows_sum") - before[1] == 256
+    assert batches < 128  # rows of several clients shared a forward pass
+
+
+def test_a_reload_takes_the_new_adapter_and_harms_nobody(server, folders, task):
+    text = rows(1)[0]
+    before = {name: server.infer(name, text)[1] for name in MODELS}
+    stop, failures = threading.Event(), []
+
+    def client(name):
+        while not stop.is_set():
+            status, got, _ = server.infer(name, text)
+            if status != 200 or (name != "sft" and abs(got["top2_margin"] - before[name]["top2_margin"]) > 1e-3):
+                failures.append((name, status, got))
+
+    threads = [threading.Thread(target=client, args=(name,)) for name in MODELS for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    shutil.copytree(folders["DPO_DIR"], folders["SFT_DIR"], dirs_exist_ok=True)  # "retrained"
+    answered = [server.request("POST", "/admin/reload", {"model": "sft"})]
+    (folders["KD_DIR"] / "adapter_model.safetensors").write_bytes(b"half a file")
+    answered.append(server.request("POST", "/admin/reload", {"model": "kd"}))
+    stop.set()
+    for thread in threads:
+        thread.join(60)
+    assert answered[0][:2] == (200, {"reloaded": "sft"})
+    assert answered[1][0] == 409 and "kd: does not load" in answered[1][1]["detail"]
+    assert not failures
+    same(server.infer("sft", text)[1], {**before["dpo"], "model_name": "sft"})
+    same(server.infer("kd", text)[1], before["kd"])
+    assert server.request("GET", "/readyz")[1]["models"]["kd"]["state"] == "ready"
+
+
+def test_another_task_is_served_without_code(tiny, tiny_adapter, tmp_path):
+    """And adapters of another task or another base are refused by name."""
+    labels = ["Red", "Red wine", "Reddish", "Blue", "Ultramarine blue", "None of them"]
+    path = tmp_path / "colours_task.json"
+    template = "Which colour is meant?\n\n{input}"
+    path.write_text(json.dumps({"name": "c", "labels": labels, "template": template, "null_inputs": ["N/A", ""]}))
+    shutil.copytree(tiny_adapter("kd"), tmp_path / "kd")
+    config = tmp_path / "kd" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "another/model"}))
+    with Server(tmp_path, BASE_MODEL=tiny, TASK=path, SFT_DIR=tiny_adapter("sft"), KD_DIR=tmp_path / "kd") as server:
+        status, got, _ = server.infer("base", "the sky")
+        assert status == 200 and list(got["probabilities"]) == labels
+        assert sum(got["probabilities"].values()) == pytest.approx(1)
+        assert server.request("GET", "/readyz")[1]["fields"] == []
+        assert "task.json: fields 'labels' and 'template'" in server.infer("sft", "x")[1]["detail"]
+        assert "trained on another/model; expected" in server.infer("kd", "x")[1]["detail"]
+
+
+# What is refused, and how
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        ({"features": ""}, 422, "at least 1 character"),
+        ({"features": "  \n"}, 422, "at least 1 character"),
+        ({"feature": "x"}, 422, "Field required"),
+        ({"features": 3}, 422, "valid string"),
+        ({"features": "x", "label": "Good"}, 422, "Extra inputs"),
+        ({"features": "x" * 4001}, 422, "at most 4000"),
+        ({"features": "語" * 4000}, 422, "tokens with the prompt, expected at most"),
+        (b'{"features": NaN}', 422, "valid string"),
+        (b'{"features": "\\ud800"}', 422, "unicode"),
+        (b'{"features": "x"', 422, "JSON decode error"),
+        (b"[" * 100_000, 400, "parsing the body"),
+        (b'{"features": "\xff"}', 400, "parsing the body"),
+        (b"", 422, "Field required"),
+        ({"features": "x" * 300_000}, 413, "at most 262144 bytes"),
+    ],
+)
+def test_a_bad_body_is_named(server, body, status, said):
+    got = server.request("POST", "/infer/sft", body)
+    assert got[0] == status and said in json.dumps(got[1])
+    assert '"input"' not in json.dumps(got[1])  # what was sent is not sent back
+
+
+def test_lists_are_bounded(server):
+    assert server.infer("sft", [])[0] == 422
+    assert server.infer("sft", ["x"] * 257)[0] == 422
+    assert server.infer("sft", ["x", ""])[0] == 422
+
+
+def test_only_what_exists_is_there(server):
+    status, got, _ = server.infer("gpt", "x")
+    assert status == 422 and "'base', 'sft', 'kd' or 'dpo'" in got["detail"][0]["msg"]
+    assert server.request("GET", "/infer/sft")[0] == 405
+    assert server.request("POST", "/infer", {})[0] == 404
+    assert server.request("GET", "/docs")[0] == 404  # its scripts come from elsewhere
+    assert server.request("POST", "/infer/sft", b'{"features": "x"}', {"Content-Type": "text/plain"})[0] == 422
+
+
+def test_a_key_is_asked_for(server):
+    for headers in ({"X-API-Key": ""}, {"X-API-Key": "open sesam"}, {"X-API-Key": "open sesamé"}):
+        assert server.infer("sft", "x", headers=headers)[0] == 401
+        assert server.request("POST", "/admin/reload", {"model": "sft"}, headers)[0] == 401
+    assert server.request("GET", "/healthz", headers={"X-API-Key": ""})[0] == 200
+
+
+def test_other_origins_are_not_let_in(server):
+    asked = {"Origin": "http://elsewhere", "Access-Control-Request-Method": "POST"}
+    assert server.request("OPTIONS", "/infer/sft", headers=asked)[0] == 405
+    headers = server.infer("sft", "x", headers={"Origin": "http://elsewhere"})[2]
+    assert not [name for name in headers if name.lower().startswith("access-control")]
+
+
+def test_broken_and_missing_adapters_leave_the_others_serving(narrow):
+    status, report, _ = narrow.request("GET", "/readyz")
+    states = {name: lane["state"] for name, lane in report["models"].items()}
+    assert (status, states) == (200, {"base": "ready", "sft": "ready", "kd": "broken", "dpo": "missing"})
+    assert report["models"]["sft"]["calibration"] == "fitted" and report["models"]["base"]["calibration"] == "null"
+    assert narrow.infer("base", "x")[0] == narrow.infer("sft", "x")[0] == 200
+    status, got, _ = narrow.infer("kd", "x")
+    assert status == 503 and "kd: does not load" in got["detail"]
+    status, got, _ = narrow.infer("dpo", "x")
+    assert status == 404 and "python dpo_train.py --student" in got["detail"] and "--save_dir" in got["detail"]
+    events = [json.loads(line) for line in narrow.log.read_text().splitlines() if line.startswith("{")]
+    assert {e["model"]: e["state"] for e in events if e["event"] == "adapter not served"} == {
+        "kd": "broken",
+        "dpo": "missing",
+    }
+    assert narrow.request("POST", "/admin/reload", {"model": "kd"})[0] == 403  # no API_KEY, no operator
+
+
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        ({"DEADLINE": "soon"}, "environment: DEADLINE: expected a number above 0, got 'soon'"),
+        ({"TASK": "nowhere.json"}, "nowhere.json: no such file"),
+        ({"BASE_MODEL": "no/such-model"}, "no/such-model: neither a model folder nor"),
+    ],
+)
+def test_a_server_that_cannot_start_says_so_in_one_line(run, env, said):
+    done = run("serve_creditmix.py", "--port", "0", env=env)
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")][-1].startswith(f"error: {said}")
+
+
+# Under pressure
+
+
+def settle(server):
+    """Until the server answers short rows again, and has learned that they are quick."""
+    end, answered = time.monotonic() + 30, 0
+    while answered < 20:
+        assert time.monotonic() < end
+        answered += server.infer("sft", "x")[0] == 200
+
+
+def test_a_missed_deadline_and_a_full_queue_are_told(narrow):
+    settle(narrow)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        late = pool.submit(narrow.infer, "sft", [LONG] * 200)
+        while not narrow.metric("serve_queue_rows"):
+            time.sleep(0.01)
+        status, got, headers = narrow.infer("sft", [LONG] * 200)
+        assert status == 503 and "queue is full" in got["detail"] and int(headers["Retry-After"]) >= 1
+        assert late.result()[0] == 504
+    settle(narrow)
+
+
+def test_rows_of_a_client_that_left_are_dropped(narrow):
+    settle(narrow)
+    before = narrow.metric("serve_batch_rows_sum")
+    body = json.dumps({"features": [LONG] * 200}).encode()
+    with socket.create_connection(("127.0.0.1", narrow.port)) as s:
+        head = "POST /infer/sft/batch HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
+        s.sendall(f"{head}{len(body)}\r\n\r\n".encode() + body)
+        while not narrow.metric("serve_queue_rows"):
+            time.sleep(0.01)
+    end = time.monotonic() + 30
+    while narrow.metric("serve_queue_rows") and time.monotonic() < end:
+        time.sleep(0.05)
+    assert narrow.metric('serve_rejections_total{reason="client gone"}') == 1
+    assert narrow.metric("serve_batch_rows_sum") - before < 200
+
+
+def test_what_would_come_too_late_is_refused_at_once(narrow):
+    """A queue longer than the deadline would have the model compute what nobody waits for any more."""
+    settle(narrow)
+    end, statuses = time.monotonic() + 3, []
+
+    def client(_):
+        while time.monotonic() < end:
+            statuses.append(narrow.infer("sft", [LONG] * 2)[0])
+            time.sleep(0.02)
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        list(pool.map(client, range(16)))
+    assert set(statuses) <= {200, 503, 504}
+    assert statuses.count(200) > statuses.count(504)
+
+
+def test_sigterm_answers_what_was_accepted(narrow):
+    settle(narrow)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(narrow.infer, "sft", rows(8, i)) for i in range(4)]
+        while not narrow.metric("serve_queue_rows"):
+            time.sleep(0.002)
+        narrow.process.send_signal(signal.SIGTERM)
+        assert [one.result()[0] for one in asked if not one.exception()] == [200] * 4
+    assert narrow.process.wait(60) in (0, -signal.SIGTERM)
+    with pytest.raises(OSError):
+        narrow.request("GET", "/healthz")
+
+
+# Watching
+
+
+def test_metrics_count_models_classes_and_rejections(server):
+    name = 'serve_requests_total{model="dpo",status="200"}'
+    before = server.metric(name), server.metric('serve_top2_margin_count{model="dpo"}')
+    _, got, _ = server.infer("dpo", "Age: 40")
+    counted = f'serve_predictions_total{{label="{got["prediction"]}",model="dpo"}}'
+    label = server.metric(counted)
+    server.infer("dpo", ["Age: 40", "Age: 40"])
+    server.infer("dpo", "")
+    assert server.metric(name) == before[0] + 2
+    assert server.metric(counted) == label + 2
+    assert server.metric('serve_top2_margin_count{model="dpo"}') == before[1] + 3
+    assert server.metric('serve_rejections_total{reason="invalid"}') >= 1
+    text = server.request("GET", "/metrics")[1]
+    assert "serve_queue_rows 0.0" in text and 'serve_request_seconds_bucket{le="0.005",model="dpo"}' in text
+
+
+def test_the_log_has_the_request_and_not_its_text(server):
+    _, _, headers = server.infer("sft", "Occupation: Beekeeper", headers={"X-Request-ID": "order-66"})
+    assert headers["X-Request-ID"] == "order-66"
+    assert re.fullmatch("[0-9a-f]{32}", server.infer("sft", "x", headers={"X-Request-ID": "a b\tc"})[2]["X-Request-ID"])
+    text = server.log.read_text()
+    lines = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+    line = next(line for line in lines if line.get("request_id") == "order-66")
+    assert (line["path"], line["status"], line["rows"], line["client"]) == ("/infer/sft", 200, 1, "127.0.0.1")
+    assert "Beekeeper" not in text and "open sesame" not in text and "Scientist" not in text
+
+
+def test_openapi_has_examples_that_work(server):
+    schema = server.request("GET", "/openapi.json")[1]
+    assert {"/infer/{model}", "/infer/{model}/batch", "/admin/reload", "/healthz", "/readyz"} <= set(schema["paths"])
+    kinds = schema["components"]["schemas"]
+    assert server.infer("sft", kinds["Question"]["properties"]["features"]["examples"][0])[0] == 200
+    assert server.infer("sft", kinds["Questions"]["properties"]["features"]["examples"][0])[0] == 200
+    assert list(kinds["Answer"]["properties"]) == FIELDS
+    assert all("examples" in p for p in kinds["Answer"]["properties"].values())
+
+
+# The page
+
+
+def test_the_page_needs_nothing_from_elsewhere(server):
+    status, text, headers = server.request("GET", "/", headers={"X-API-Key": ""})
+    assert status == 200 and "default-src 'none'" in headers["Content-Security-Policy"]
+    assert not re.findall(r"https?://|@import|src=|<link", text)
+
+
+def test_the_page_in_a_browser(server, tmp_path):
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("no chromium")
+    from browser import Browser
+
+    with Browser(chromium, tmp_path / "profile", f"http://127.0.0.1:{server.port}/") as page:
+        page.until("document.querySelectorAll('#models section').length === 4 && document.querySelector('[name=Age]')")
+        assert page.run("document.querySelectorAll('#form input[name]').length") == 6
+        page.run("document.querySelector('[name=Age]').value = '31'")
+        page.run("document.querySelector('[name=Age]').dispatchEvent(new Event('input'))")
+        line = page.run("document.getElementById('features').value")
+        assert line.startswith("Age: 31, Occupation: Scientist, Annual Income: 19114.12")
+        page.run("document.querySelector('#form button').click()")
+        page.until("document.querySelectorAll('.problem').length === 4")
+        assert "X-API-Key: missing or wrong" in page.run("document.getElementById('model-sft').textContent")
+        page.run("document.getElementById('key').value = 'open sesame'")
+        page.run("document.querySelector('#form button').click()")
+        page.until("document.querySelectorAll('.answer').length === 4")
+        for name in MODELS:
+            want = server.infer(name, line)[1]
+            card = f"document.getElementById('model-{name}')"
+            assert page.run(f"{card}.querySelector('.answer').textContent") == want["prediction"]
+            shown = page.run(f"[...{card}.querySelectorAll('.row span:last-child')].map(x => x.textContent)")
+            assert shown == [f"{100 * p:.1f}%" for p in want["probabilities"].values()]
+            assert page.run(f"{card}.querySelector('.margin').textContent") == f"margin {want['top2_margin']:.3f}"
+            assert ("fitted" in page.run(f"{card}.querySelector('.calibration').textContent")) == (name != "base")
+        command = page.run("document.querySelector('#model-kd button').dataset.curl")
+        done = subprocess.run(
+            ["bash", "-c", f"API_KEY='open sesame'; {command} -s"], capture_output=True, text=True, timeout=60
+        )
+        same(json.loads(done.stdout), server.infer("kd", line)[1])
+        page.screenshot(tmp_path / "serve_page.png")
+        assert (tmp_path / "serve_page.png").stat().st_size > 10_000
+        assert page.run("performance.getEntriesByType('resource').every(e => e.name.startsWith(location.origin))")
+
+
+# Outgrowing one machine
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed (requirements-ray.txt)")
+def test_two_replicas_on_ray_serve(tiny, tiny_adapter, tmp_path):
+    command = [sys.executable, "serve_creditmix.py", "--replicas", "2"]
+    env = {"SFT_DIR": tiny_adapter("sft"), "KD_DIR": tmp_path / "none", "RAY_USAGE_STATS_ENABLED": 0}
+    with Server(tmp_path, ready=False, command=command, BASE_MODEL=tiny, **env) as server:
+        server.wait(seconds=240)
+        text, pids = rows(1)[0], set()
+        first = server.infer("sft", text)[1]
+        end = time.monotonic() + 60
+        while len(pids) < 2 and time.monotonic() < end:
+            status, got, _ = server.infer("sft", text)
+            assert status == 200
+            same(got, first)
+            pids = set(re.findall(r"LabelServer pid=(\d+)", server.log.read_text()))
+        assert len(pids) == 2
+        assert server.infer("kd", text)[0] == 404
+        assert server.infer("sft", "")[0] == 422
+
+
+def test_the_command_line_help(run):
+    done = run("serve_creditmix.py", "--help")
+    assert done.returncode == 0 and "BASE_MODEL" in done.stdout
+    assert str(ROOT) not in done.stdout

@@ -1,0 +1,199 @@
+"""The three trainers as a user runs them, on a tiny random student, and their losses by hand."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = {"adapter_model.safetensors", "adapter_config.json", "README.md", "run.json", "curve.png", "train_rows.txt"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, task):
+    """Folder with creditmix_{sft,kd,dpo}.jsonl of 120 easy rows and the task file beside them."""
+    folder, rng = tmp_path_factory.mktemp("data"), random.Random(0)
+    task.save(folder / "creditmix_task.json")
+    with (
+        open(folder / "creditmix_sft.jsonl", "w") as sft,
+        open(folder / "creditmix_kd.jsonl", "w") as kd,
+        open(folder / "creditmix_dpo.jsonl", "w") as dpo,
+    ):
+        for i in range(120):
+            label = rng.choice(task.labels)
+            text = task.prompt(f"Age: {rng.randint(18, 60)}.0, Outstanding Debt: {task.labels.index(label)}{i:03}.0")
+            probs = {name: 0.8 if name == label else 0.1 for name in task.labels}
+            other = rng.choice([name for name in task.labels if name != label])
+            sft.write(json.dumps({"input": text, "output": label, "group": str(i // 2)}) + "\n")
+            row = {"input": text, "teacher_output": label, "teacher_probs": probs, "output": label}
+            kd.write(json.dumps({**row, "group": str(i // 2)}) + "\n")
+            dpo.write(json.dumps({"prompt": text, "chosen": label, "rejected": other, "group": str(i // 2)}) + "\n")
+    return folder
+
+
+def options(tiny, data, route, save_dir, **more):
+    more = {"max_steps": 4, "batch_size": 8, "micro_batch": 4, "lr": 0.01, "dev_rows": 8, "eval_steps": 2, **more}
+    flags = {"student": tiny, "data": data / f"creditmix_{route}.jsonl", "save_dir": save_dir, **more}
+    return [str(x) for k, v in flags.items() for x in (f"--{k}", v)]
+
+
+@pytest.mark.parametrize("route", ["sft", "kd", "dpo"])
+def test_a_route_leaves_a_whole_adapter_folder(run, tiny, data, tmp_path, route):
+    done = run(f"{route}_train.py", *options(tiny, data, route, tmp_path / "a"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    folder = tmp_path / "a"
+    assert {p.name for p in folder.iterdir()} >= FILES | {"task.json", "calibration.json", "tensorboard"}
+    assert not list(folder.glob("checkpoint-*")) and not list(folder.glob("*.tmp"))
+    weights = load_file(folder / "adapter_model.safetensors")
+    assert len(weights) == 2 * 7 * 2 and {w.dtype for w in weights.values()} == {torch.bfloat16}
+    assert all(w.any() for name, w in weights.items() if "lora_B" in name)  # every matrix moved from its zero
+    record = json.loads((folder / "run.json").read_text())
+    assert record["route"] == route and record["status"] == "finished" and record["steps"] == 4
+    assert record["args"]["batch_size"] == 8 and record["data_sha256"] and record["versions"]["trl"]
+    assert len((folder / "train_rows.txt").read_text().split()) == 32  # 4 steps of 8 rows see no more
+    assert ">>>" in done.stdout and "<|im_end|><<<" in done.stdout and "expected memory" in done.stdout
+    assert (folder / "curve.png").read_bytes()[:4] == b"\x89PNG"
+    answer = run("infer_creditmix.py", "--model_dir", folder, "--features", "Age: 23.0")
+    assert json.loads(answer.stdout)["prediction"] in ("Good", "Standard", "Bad"), answer.stderr[-500:]
+
+
+def test_dpo_from_an_adapter_says_what_its_reference_is(run, tiny, tiny_adapter, data, tmp_path):
+    more = {"max_steps": 2, "init_adapter": tiny_adapter("sft")}
+    done = run("dpo_train.py", *options(tiny, data, "dpo", tmp_path / "a", **more))
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert record["reference"] == f"a frozen copy of {tiny_adapter('sft')}" and record["reference"] in done.stdout
+    before = load_file(tiny_adapter("sft") / "adapter_model.safetensors")
+    after = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    assert before.keys() == after.keys()
+    assert all((before[k].bfloat16() != after[k]).any() for k in before)  # every LoRA matrix changed, A and B
+
+
+def test_free_text_trains_without_a_task(run, tiny, jsonl, tmp_path):
+    path = jsonl(
+        "notes_sft.jsonl", [{"input": f"question {i}", "output": f"an answer of words {i}"} for i in range(30)]
+    )
+    flags = ["--student", tiny, "--data", path, "--save_dir", tmp_path / "a", "--max_steps", 2, "--batch_size", 4]
+    done = run("sft_train.py", *flags)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not (tmp_path / "a" / "task.json").exists() and not (tmp_path / "a" / "calibration.json").exists()
+
+
+def test_stopped_and_resumed_is_the_run_that_was_not_stopped(run, tiny, data, tmp_path):
+    whole = options(tiny, data, "sft", tmp_path / "whole", max_steps=40)
+    assert run("sft_train.py", *whole).returncode == 0
+    flags = options(tiny, data, "sft", tmp_path / "parts", max_steps=40)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "sft_train.py", *flags]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
+    seen = b""
+    while b" 8/40" not in seen and started.poll() is None:
+        seen += os.read(started.stdout.fileno(), 4096)
+    started.send_signal(signal.SIGINT)
+    said = started.communicate(timeout=120)[0].decode()
+    assert started.returncode == 130 and "--resume_from_checkpoint last goes on" in said, said[-2000:]
+    refused = run("sft_train.py", *flags)
+    assert refused.returncode == 2 and "an unfinished run; expected --resume_from_checkpoint last" in refused.stderr
+    other = run("dpo_train.py", *options(tiny, data, "dpo", tmp_path / "parts"), "--resume_from_checkpoint", "last")
+    assert other.returncode == 2 and "field 'route' of its run.json is 'sft'; expected 'dpo'" in other.stderr
+    resumed = run("sft_train.py", *flags, "--resume_from_checkpoint", "last")
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    expected = load_file(tmp_path / "whole" / "adapter_model.safetensors")
+    found = load_file(tmp_path / "parts" / "adapter_model.safetensors")
+    assert all(torch.equal(expected[k], found[k]) for k in expected)
+
+
+GOOD = {"input": "x", "output": "Good", "group": "1"}
+KD = {"input": "x", "teacher_output": "Good"}
+
+
+@pytest.mark.parametrize(
+    ("script", "rows", "message"),
+    [
+        ("sft", None, "no such file"),
+        ("sft", [], "the file is empty"),
+        ("sft", [GOOD, {"input": "x"}], ":2: field 'output' is missing"),
+        ("sft", [GOOD, {**GOOD, "output": "Great"}], "row 2: field 'output': 'Great' is no label; expected"),
+        ("sft", [{**GOOD, "output": 3}], ":1: field 'output': expected str, got int"),
+        ("sft", [GOOD, {**GOOD, "input": " "}], ":2: field 'input' is empty"),
+        ("kd", [{**KD, "teacher_probs": {"Good": 0.5, "Bad": 0.2}}], "expected numbers in [0, 1] that sum to 1"),
+        ("kd", [{**KD, "teacher_probs": {"Great": 1.0}}], "['Great'] are no labels"),
+        ("kd", [{**KD, "teacher_probs": {"Good": "1"}}], "expected numbers in [0, 1]"),
+        (
+            "dpo",
+            [{"prompt": "x", "chosen": "Bad", "rejected": "Bad"}],
+            "row 1: fields 'chosen' and 'rejected' are equal",
+        ),
+        ("dpo", [{"prompt": "x", "chosen": "Bad", "rejected": "Worse"}], "field 'rejected': 'Worse' is no label"),
+    ],
+)
+def test_bad_rows_stop_a_trainer_before_it_loads(run, tiny, jsonl, task, tmp_path, script, rows, message):
+    task.save(tmp_path / "creditmix_task.json")
+    path = tmp_path / f"creditmix_{script}.jsonl" if rows is None else jsonl(f"creditmix_{script}.jsonl", rows)
+    done = run(f"{script}_train.py", "--student", tiny, "--data", path, "--save_dir", tmp_path / "a")
+    assert done.returncode == 2 and message in done.stderr, done.stderr[-2000:]
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "a").exists()
+
+
+def test_rows_that_are_all_too_long_and_an_unknown_student(run, tiny, data, tmp_path):
+    done = run("sft_train.py", *options(tiny, data, "sft", tmp_path / "a", max_len=20))
+    assert done.returncode == 2 and "are longer than --max_len 20; the shortest has" in done.stderr
+    done = run("sft_train.py", *options("nobody/nothing", data, "sft", tmp_path / "b"))
+    assert done.returncode == 2 and "error: nobody/nothing: neither a model folder nor" in done.stderr
+    assert not list(tmp_path.glob("*/adapter_*"))
+
+
+def test_a_full_disk_leaves_nothing_half_written(tiny, data, tmp_path):
+    def small_files():  # a file over 40 kB fails as it would on a full disk
+        import resource
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+
+    flags = options(tiny, data, "sft", tmp_path / "a", max_steps=1, eval_steps=5)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "sft_train.py", *flags]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, preexec_fn=small_files, timeout=200
+    )
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert done.stderr.strip().split("\n")[-1].startswith("error: ")
+    assert not (tmp_path / "a" / "adapter_model.safetensors").exists()
+
+
+def test_distribution_loss_by_hand():
+    from kd_train import distribution_loss
+
+    scores = torch.tensor([[0.0, math.log(3.0)], [0.0, 0.0]])  # students (1/4, 3/4) and (1/2, 1/2)
+    teacher, gold = torch.tensor([[0.5, 0.5], [0.5, 0.5]]), torch.tensor([0, -1])
+    kl = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
+    assert distribution_loss(scores, teacher, gold, 1.0, 0.0).item() == pytest.approx(kl / 2, abs=1e-6)
+    mixed = 0.7 * kl + 0.3 * math.log(4)  # the second row has no gold label, so alpha does not touch it
+    assert distribution_loss(scores, teacher, gold, 1.0, 0.3).item() == pytest.approx(mixed / 2, abs=1e-6)
+    soft = [1 / (1 + 3**0.5), 3**0.5 / (1 + 3**0.5)]  # at temperature 2
+    hot = 4 * sum(0.5 * math.log(0.5 / q) for q in soft)
+    assert distribution_loss(scores, teacher, gold, 2.0, 0.0).item() == pytest.approx(hot / 2, abs=1e-6)
+
+
+def test_the_micro_batch_is_halved_until_it_fits():
+    from common import UserError
+    from training import largest_fitting
+
+    tried = []
+
+    def step(n, fits=4):
+        tried.append(n)
+        if n > fits:
+            raise torch.OutOfMemoryError
+
+    assert largest_fitting(step, 32) == 4 and tried == [32, 16, 8, 4]
+    with pytest.raises(UserError, match="one row does not fit this GPU"):
+        largest_fitting(lambda n: step(n, 0), 2)
