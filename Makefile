@@ -1,5 +1,7 @@
 # Two commands: `make demo` shows the whole road in a few minutes, `make test` runs the tests. Both can be run again.
-PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3,$(shell command -v $(p))))
+# the first that runs and is new enough: a name on the PATH may be a shim of a version that is not there
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 PY := .venv/bin/python
 MARK := .venv/.installed-$(shell cat requirements.txt Makefile | cksum | cut -d' ' -f1)
 
@@ -8,7 +10,7 @@ MARK := .venv/.installed-$(shell cat requirements.txt Makefile | cksum | cut -d'
 setup: $(MARK)
 
 $(MARK):
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"error: Python {v.major}.{v.minor}; expected 3.11 or newer: make PYTHON=/path/to/python3.11")'
+	@test -n "$(PYTHON)" || { echo "error: no Python found; expected 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 2; }
 	@echo "== setup: .venv with the pinned requirements (some minutes the first time)"
 	@test -x $(PY) || $(PYTHON) -m venv .venv
 	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
