@@ -5,6 +5,9 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 PY := .venv/bin/python
 MARK := .venv/.installed-$(shell cat requirements.txt Makefile | cksum | cut -d' ' -f1)
 
+ROW := Age: 23.0, Occupation: Scientist, Annual Income: 19114.12, Outstanding Debt: 809.98,
+ROW += Credit Utilization Ratio: 35.03, Payment Behaviour: Low_spent_Small_value_payments
+
 .PHONY: setup demo test bench serve
 
 setup: $(MARK)
@@ -25,9 +28,7 @@ demo: setup
 	$(PY) sft_train.py --student smollm2-135m --data data/creditmix_sft.jsonl --save_dir runs/demo_sft \
 	  --lr 1e-3 --batch_size 8 --max_steps 60 --eval_steps 30 --dev_rows 60
 	@echo "== classify one row with the shipped adapter"
-	$(PY) infer_creditmix.py --model_dir runs/smollm2_sft --features "Age: 23.0, Occupation: Scientist, \
-	  Annual Income: 19114.12, Outstanding Debt: 809.98, Credit Utilization Ratio: 35.03, Payment Behaviour: \
-	  Low_spent_Small_value_payments"
+	$(PY) infer_creditmix.py --model_dir runs/smollm2_sft --features "$(ROW)"
 	@echo "== base, fresh adapter (runs/demo_sft) and shipped adapter (runs/smollm2_sft) on the same held-out rows"
 	$(PY) eval_creditmix.py --model_dir smollm2-135m runs/demo_sft runs/smollm2_sft --val_per_class 100 \
 	  --out runs/reports/demo

@@ -37,7 +37,7 @@ def cli(main, args):
     except OSError as e:  # full disk, missing permission, ...
         message = f"{e.filename or 'file system'}: {e.strerror or e}"
     except (SafetensorError, RuntimeError) as e:  # how safetensors and torch report a full disk
-        if not re.search(r"I/O error|writing file", str(e)):
+        if not re.search(r"I/O error|writing file|out of memory", str(e)):
             raise
         message = str(e).split("\n")[0]
     except KeyboardInterrupt:
@@ -45,6 +45,19 @@ def cli(main, args):
         sys.exit(130)
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def positive(kind):
+    """An argparse type: an int or float above zero."""
+
+    def parse(text):
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise ValueError
+        return value
+
+    parse.__name__ = f"number above 0, {kind.__name__}"
+    return parse
 
 
 @contextmanager
@@ -93,6 +106,8 @@ def read_json(path):
         return json.loads(read_text(path))
     except json.JSONDecodeError as e:
         raise UserError(f"{path}:{e.lineno}: not JSON: {e.msg}") from None
+    except (ValueError, RecursionError) as e:  # JSON, but a number or a depth that Python does not take
+        raise UserError(f"{path}: {e}") from None
 
 
 def read_rows(path, fields, optional=None):
@@ -115,6 +130,8 @@ def read_rows(path, fields, optional=None):
                     rows.append(json.loads(line))
                 except json.JSONDecodeError as e:
                     raise UserError(f"{path}:{i}: not JSON: {e.msg}") from None
+                except (ValueError, RecursionError) as e:
+                    raise UserError(f"{path}:{i}: {e}") from None
                 places.append(f"{path}:{i}")
     if not rows:
         raise UserError(f"{path}: no rows")
@@ -139,6 +156,8 @@ def check_row(place, row, fields, optional):
             raise UserError(f"{place}: field '{name}': expected {names}, got {type(value).__name__}")
         if isinstance(value, str) and name in fields and not value.strip():
             raise UserError(f"{place}: field '{name}' is empty")
+        if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
+            raise UserError(f"{place}: field '{name}': half a character (a lone surrogate); expected text")
 
 
 def sha256(text):
@@ -202,7 +221,7 @@ def label_classes(path, rows, field, task):
     for i, row in enumerate(rows, 1):
         if row[field] not in number:
             raise UserError(f"{path}: row {i}: field '{field}': {row[field]!r} is no label; expected {task.labels}")
-    return np.array([number[row[field]] for row in rows])
+    return np.array([number[row[field]] for row in rows], dtype=int)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -280,8 +299,10 @@ def embedded_student():
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(part)
     try:
         part.rename(folder)
-    except OSError:  # another process was first
+    except OSError:
         shutil.rmtree(part)
+        if not (folder / "model.safetensors").exists():  # else another process was first
+            raise
     return folder
 
 
@@ -297,7 +318,8 @@ def choose_precision(config, precision="auto"):
     if precision != "auto":
         return precision, "as asked"
     # embeddings and head stay in 16 bits either way: below about 1e9 weights 4 bits save little and cost accuracy
-    large = config.hidden_size * config.num_hidden_layers >= 40_000
+    text = config.get_text_config()
+    large = text.hidden_size * text.num_hidden_layers >= 40_000
     if str(device()).startswith("cuda"):
         return ("nf4", "a large model on a GPU") if large else ("bf16", "a small model on a GPU")
     return ("nf4", "a large model on a CPU") if large else ("fp32", "CPU: bf16 is emulated on many")
@@ -335,8 +357,13 @@ def load_base(name, precision="auto"):
         )
     kwargs["device_map"] = {"": device()}
     if os.environ.get("OFFLOAD_FOLDER"):  # layers that do not fit wait in RAM, then in this folder
+        if precision == "nf4":
+            raise UserError("OFFLOAD_FOLDER: bitsandbytes keeps 4-bit layers on the GPU; expected --precision bf16")
         kwargs |= {"device_map": "auto", "offload_folder": os.environ["OFFLOAD_FOLDER"]}
-    model = AutoModelForCausalLM.from_pretrained(path, **kwargs).eval()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, **kwargs).eval()
+    except (OSError, ValueError, SafetensorError) as e:
+        raise UserError(f"{name}: its weights do not load: {str(e).strip().splitlines()[0]}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.name_or_path = model.config.name_or_path = str(name)  # what PEFT writes into an adapter
@@ -353,7 +380,7 @@ def adapter_base(folder):
     return config["base_model_name_or_path"]
 
 
-def add_adapter(model, folder, name="default"):
+def add_adapter(model, folder, name="default", trainable=False):
     """The base model with one more adapter from `folder`; UserError when it does not fit or did not load."""
     from peft import PeftModel
 
@@ -361,7 +388,7 @@ def add_adapter(model, folder, name="default"):
         if isinstance(model, PeftModel):
             model.load_adapter(folder, adapter_name=name)
         else:
-            base, model = model, PeftModel.from_pretrained(model, folder, adapter_name=name)
+            base, model = model, PeftModel.from_pretrained(model, folder, adapter_name=name, is_trainable=trainable)
             model.precision = base.precision
     except (RuntimeError, ValueError, SafetensorError) as e:
         raise UserError(f"{folder}: does not load on {model.config.name_or_path}: {str(e).splitlines()[0]}") from None
@@ -409,8 +436,8 @@ def completion_ids(tokenizer, prompts, answers):
 
 
 def _chat(tokenizer, user, answer=None):
-    for token in tokenizer.all_special_tokens:  # text from outside must not open or close a turn
-        user = user.replace(token, token.replace("<", "< "))
+    for token in (t.content for t in tokenizer.added_tokens_decoder.values() if t.special):
+        user = user.replace(token, f"{token[0]} {token[1:]}")  # text from outside must not open or close a turn
     messages = [{"role": "user", "content": user}]
     if answer is not None:
         messages.append({"role": "assistant", "content": answer})
@@ -568,7 +595,8 @@ class Calibration:
             return cls()
         d = read_json(path)
         check_row(path, d, {"w": (int, float), "b": dict, "T": (int, float)}, {})
-        if set(d["b"]) != set(task.labels) or not d["T"] > 0:
+        numbers = all(isinstance(v, int | float) and abs(v) < 1e6 for v in (d["w"], d["T"], *d["b"].values()))
+        if set(d["b"]) != set(task.labels) or not numbers or not d["T"] > 0:
             raise UserError(f"{path}: fields 'b' and 'T': expected one number for each of {task.labels} and T > 0")
         return cls(d["w"], tuple(float(d["b"][label]) for label in task.labels), d["T"], True)
 
@@ -589,6 +617,8 @@ def fit_calibration(raw, prior, y, ridge=1e-3):
     import numpy as np
     from scipy.optimize import minimize
 
+    if not len(y):
+        raise UserError("calibration: no development rows to fit on")
     best = None
     for w in (0.0, 1.0):
         shifted = raw - w * prior

@@ -92,6 +92,9 @@ def prepare(src, outdir, columns, seed, val_frac, task):
     for path, content in zip(paths, files.values(), strict=True):
         write_jsonl(path, content)
 
+    beside = Path(outdir) / f"{task.name}_task.json"  # where the trainers look for it
+    if not beside.is_file() or Task.load(beside) != task:
+        task.save(beside)
     sides = {"read": rows, "training": train, "written": chosen, "held_out": held}
     counts = {name: count(side, task.labels) for name, side in sides.items()}
     split = Path(outdir) / f"{task.name}_split.json"

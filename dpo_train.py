@@ -38,8 +38,8 @@ def main(args):
     if args.init_adapter and adapter_base(args.init_adapter) != args.student:
         raise UserError(f"{args.init_adapter}: trained on {adapter_base(args.init_adapter)}; expected {args.student}")
     train, dev = split_for(args, rows)
-    model, tokenizer = load_base(args.student, args.precision)
     start_run(args, "dpo")
+    model, tokenizer = load_base(args.student, args.precision)
     train, dropped = pairs(tokenizer, train, args.max_len)
     dev, _ = pairs(tokenizer, dev, args.max_len)
     told = describe(tokenizer, train, dropped)
@@ -53,6 +53,7 @@ def main(args):
         "loss_type": ["sigmoid", "sft"] if args.sft_weight else ["sigmoid"],
         "loss_weights": [1.0, args.sft_weight] if args.sft_weight else None,
         "precompute_ref_log_probs": True,
+        "precompute_ref_batch_size": 8,  # before any micro-batch has been fitted
         "max_length": None,
     }
     if task:  # a margin says less than what is served

@@ -9,9 +9,11 @@ of the rows is refused. Intervals resample customers, since the months of one ar
 """
 
 import argparse
+import functools
 import json
 import sys
 from collections import Counter
+from dataclasses import asdict
 from datetime import datetime
 from itertools import combinations
 from pathlib import Path
@@ -27,6 +29,7 @@ from common import (
     UserError,
     cli,
     dev_split,
+    device,
     file_sha256,
     fit_calibration,
     group_hash,
@@ -34,6 +37,7 @@ from common import (
     label_classes,
     load_model,
     log_loss,
+    positive,
     row_hash,
     run_record,
     sha256,
@@ -63,21 +67,24 @@ def main(args):
     overlap = {name: check_overlap(name, held, task, args.allow_overlap) for name in args.model_dir}
     print(f"{len(held)} held-out rows of {len({r['group'] for r in held})} customers: {class_counts(y, task)}")
 
+    if not held:
+        raise UserError(f"{args.data}: no held-out rows; expected more customers or a larger --val_frac")
     groups = np.unique([r["group"] for r in held], return_inverse=True)[1]
     report = {"n": len(held), "seed": args.seed, "overlap": sum(overlap.values()), "rows_dropped": dict(dropped)}
-    report["references"] = references(balance(args.data, train, task.labels, args.seed), held, y, groups, task)
+    report["references"] = references(args.data, train, held, y, groups, task, args.seed)
     report["models"], right, predictions = [], {}, [{"question": r["question"], "answer": r["answer"]} for r in held]
     for name in args.model_dir:
-        raw, prior, dev_raw, rows_per_s = score(name, task, held, dev if args.fit_calibration else [], out, args)
+        own_dev = [r for r in dev if row_hash(r["input"]) not in trained_rows(name)] if args.fit_calibration else []
+        raw, prior, dev_raw, rows_per_s = score(name, task, held, own_dev, out, args)
         fit = Calibration.load(name, task)
         if args.fit_calibration:
-            fit = fit_on(name, dev_raw, prior, dev, task, out)
+            fit = fit_on(name, dev_raw, prior, own_dev, task, out)
         entry = {"model_dir": name, "rows_per_s": rows_per_s, "train_overlap": overlap[name], "prior": prior.tolist()}
         views = {"raw": raw, "null": raw - prior + bias, "fitted": fit(raw + bias, prior) if fit.fitted else None}
         for view, scores in views.items():
             entry[view] = None if scores is None else metrics(scores, y, groups, task)
         report["models"].append(entry)
-        best = views["raw"] if views["fitted"] is None else views["fitted"]
+        best = fit(raw + bias, prior)  # what infer and serve answer: null calibration where nothing is fitted
         right[name] = best.argmax(1) == y
         for line, r, s in zip(predictions, raw, best, strict=True):
             line[name] = {"prediction": task.labels[int(s.argmax())], "raw": r.tolist(), "scores": s.tolist()}
@@ -125,12 +132,18 @@ def dev_rows(path, train, task, seed, most=1000):
     return sorted(dev_split(rows, seed)[1], key=lambda r: unit_hash(seed, r["input"]))[:most]
 
 
+@functools.cache
+def trained_rows(name):
+    """Hashes of the rows that an adapter was trained on; empty for a model that does not say."""
+    path = Path(name) / "train_rows.txt"
+    return frozenset(path.read_text(encoding="utf-8").split()) if path.is_file() else frozenset()
+
+
 def check_overlap(name, held, task, allow):
     """How many held-out rows the model was trained on; UserError when there are some, unless allowed."""
-    path = Path(name) / "train_rows.txt"
-    if not path.is_file():
-        return 0
-    seen = set(path.read_text(encoding="utf-8").split())
+    seen = trained_rows(name)
+    if not seen and (Path(name) / "adapter_config.json").is_file():
+        print(f"{name}: no train_rows.txt, so overlap with its training rows is unknown", file=sys.stderr)
     n = sum(row_hash(task.prompt(r["question"])) in seen for r in held)
     if n and not allow:
         raise UserError(
@@ -147,6 +160,8 @@ def label_bias(pairs, task):
         label, _, value = pair.rpartition("=")
         try:
             bias[task.labels.index(label)] = float(value)
+            if not np.isfinite(float(value)):
+                raise ValueError
         except ValueError:
             raise UserError(f"--label_bias {pair}: expected LABEL=NUMBER with a label of {task.labels}") from None
     return bias
@@ -163,9 +178,12 @@ def class_counts(classes, task):
 
 def score(name, task, held, dev, out, args):
     """(raw [N, L], prior [L], development raw [D, L], rows per second); kept under `out`, so a stopped run goes on."""
-    weights = Path(name) / "adapter_model.safetensors"
+    files = sorted(
+        p for p in Path(name).glob("*") if p.suffix in (".safetensors", ".json") and p.name != "calibration.json"
+    )
+    weights = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     prompts = [task.prompt(r["question"]) for r in held] + [r["input"] for r in dev]
-    key = sha256(json.dumps([name, file_sha256(weights) if weights.is_file() else "", args.precision, prompts]))
+    key = sha256(json.dumps([name, weights, asdict(task), args.precision, str(device()), prompts]))
     cache = out / f".scores-{key[:16]}.json"
     if cache.is_file():
         found = json.loads(cache.read_text(encoding="utf-8"))
@@ -184,6 +202,8 @@ def score(name, task, held, dev, out, args):
 
 def fit_on(name, raw, prior, dev, task, out):
     """Fit on development rows; calibration.json goes beside an adapter, else into the report's folder."""
+    if not dev:
+        raise UserError(f"{name}: no development row that it was not trained on; expected the --seed of its training")
     y = label_classes("development rows", dev, "output", task)
     fit = fit_calibration(raw, prior, y)
     folder = Path(name) if (Path(name) / "adapter_config.json").is_file() else out
@@ -193,11 +213,12 @@ def fit_on(name, raw, prior, dev, task, out):
     return fit
 
 
-def references(train, held, y, groups, task):
-    """The majority class of the training rows, and gradient boosting on the same fields (None for free text)."""
+def references(path, train, held, y, groups, task, seed):
+    """The training side's majority class, and gradient boosting on the same fields (None for free text)."""
     most = Counter(r["answer"] for r in train)
-    prior = np.array([most[label] / len(train) for label in task.labels])
+    prior = np.array([max(most[label], 0.5) / len(train) for label in task.labels])
     found = {"majority": metrics(np.log(np.tile(prior, (len(y), 1))), y, groups, task)}
+    train = balance(path, train, task.labels, seed)
     try:
         boosting = GradientBoosting(task.labels).fit([r["question"] for r in train], [r["answer"] for r in train])
         p = boosting.predict_proba([r["question"] for r in held])
@@ -351,9 +372,9 @@ if __name__ == "__main__":
     p.add_argument("--model_dir", nargs="+", required=True, help="adapters, model folders or hub ids, in one table")
     p.add_argument("--data", type=Path, default=Path("data/creditmix_dataset.json"), help="raw rows, or the Kaggle CSV")
     p.add_argument("--task", type=Path, default=Path("data/creditmix_task.json"), help="for models without task.json")
-    p.add_argument("--val_per_class", type=int, help="held-out rows a class; default: all held-out rows")
+    p.add_argument("--val_per_class", type=positive(int), help="held-out rows a class; default: all held-out rows")
     p.add_argument(
-        "--val_frac", type=float, default=VAL_FRAC, help="share of customers held out (default: %(default)s)"
+        "--val_frac", type=positive(float), default=VAL_FRAC, help="share of customers held out (default: %(default)s)"
     )
     p.add_argument("--columns", choices=["six", "all"], default="six", help="CSV columns, as in creditmix_prepare.py")
     p.add_argument("--seed", type=int, default=SEED, help="of the split, as in creditmix_prepare.py (default: 42)")

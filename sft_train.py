@@ -26,8 +26,8 @@ from training import (
 def main(args):
     rows, task = read_training_rows(args, {"input": str, "output": str}, answer="output")
     train, dev = split_for(args, rows)
-    model, tokenizer = load_base(args.student, args.precision)
     start_run(args, "sft")
+    model, tokenizer = load_base(args.student, args.precision)
     train, dropped = encode(tokenizer, train, args.max_len, "input", "output")
     dev, _ = encode(tokenizer, dev, args.max_len, "input", "output")
     told = describe(tokenizer, train, dropped)

@@ -14,18 +14,20 @@ from common import (
     LabelScorer,
     Task,
     UserError,
+    add_adapter,
     atomic_write,
     completion_ids,
     dev_split,
+    file_sha256,
     fit_calibration,
     label_classes,
     log_loss,
+    positive,
     prompt_ids,
     read_json,
     read_rows,
     row_hash,
     run_record,
-    sha256,
     unit_hash,
     write_json,
 )
@@ -47,9 +49,11 @@ def read_training_rows(args, fields, answer, optional=None):
     rows = read_rows(args.data, fields, {"group": str, **(optional or {})})
     path = args.task or Path(args.data).with_name(Path(args.data).stem.rsplit("_", 1)[0] + "_task.json")
     if not args.task and not path.is_file():
+        print(f"no {path}: free text, so no label scores and no calibration")
         return rows, None
     task = Task.load(path)
-    label_classes(args.data, rows, answer, task)
+    # a row whose answer a teacher has yet to give passes; the others keep their numbers
+    label_classes(args.data, [r if r.get(answer) else {answer: task.labels[0]} for r in rows], answer, task)
     return rows, task
 
 
@@ -120,12 +124,12 @@ def lora_config(args):
 
 def lora(model, args, init_adapter=None):
     """The student with a fresh adapter, or with a trained one to go on from."""
-    from peft import PeftModel, get_peft_model
+    from peft import get_peft_model
     from transformers import set_seed
 
     set_seed(args.seed)  # TRL would do so only after the adapter is drawn
     if init_adapter:
-        return PeftModel.from_pretrained(model, init_adapter, is_trainable=True)
+        return add_adapter(model, init_adapter, trainable=True)
     return get_peft_model(model, lora_config(args))
 
 
@@ -174,22 +178,41 @@ def dev_scores(model, tokenizer, task, dev):
     scorer = LabelScorer(model, tokenizer, task.labels, task.null_prompts())
     raw, prior = scorer.score([r.get("input") or r["prompt"] for r in dev]), scorer.prior(task)
     model.train(training)
-    return raw, prior, label_classes("development rows", dev, "output" if "output" in dev[0] else "chosen", task)
+    known = [{"answer": r.get("output") or r.get("chosen") or r["teacher_output"]} for r in dev]
+    return raw, prior, label_classes("development rows", known, "answer", task)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 
 
+SAME = (
+    "student",
+    "data",
+    "task",
+    "seed",
+    "batch_size",
+    "max_steps",
+    "epochs",
+    "lora_r",
+    "init_adapter",
+    "alpha",
+    "beta",
+)
+
+
 def start_run(args, route):
-    """Look before anything is overwritten or computed: the folder, and what --resume_from_checkpoint names."""
-    record = Path(args.save_dir) / "run.json"
+    """Look before anything is overwritten or computed: the folder, and what --resume_from_checkpoint names.
+
+    A resumed run must be the same run: other rows would go unseen by the evaluation's overlap check.
+    """
+    now = {"route": route, "student": args.student, "data_sha256": file_sha256(args.data)}
+    now |= {k: str(v) for k, v in vars(args).items() if k in SAME}
     if not args.resume_from_checkpoint:
         if list(Path(args.save_dir).glob("checkpoint-*")):
-            raise UserError(
-                f"{args.save_dir}: holds an unfinished run; expected --resume_from_checkpoint last, or no such folder"
-            )
-        write_json(record, {"route": route, "student": args.student, "status": "started", **run_record(args)})
+            raise UserError(f"{args.save_dir}: an unfinished run; expected --resume_from_checkpoint last")
+        if int(os.environ.get("RANK", 0)) == 0:
+            write_json(Path(args.save_dir) / "run.json", {"status": "started", "same": now, **run_record(args)})
         return
     if args.resume_from_checkpoint == "last":
         whole = [p.parent for p in Path(args.save_dir).glob("checkpoint-*/trainer_state.json")]
@@ -200,10 +223,10 @@ def start_run(args, route):
     folder = Path(args.resume_from_checkpoint)
     if not (folder / "trainer_state.json").is_file():
         raise UserError(f"{folder}: no checkpoint; expected a folder runs/NAME/checkpoint-STEP, or `last`")
-    before = read_json(folder.parent / "run.json")
-    for name, now in (("route", route), ("student", args.student)):
-        if before.get(name) != now:
-            raise UserError(f"{folder}: field '{name}' of its run.json is {before.get(name)!r}; expected {now!r}")
+    before = read_json(folder.parent / "run.json").get("same", {})
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise UserError(f"{folder}: field '{name}' of its run.json is {before.get(name)!r}; expected {value!r}")
 
 
 def training_arguments(args, model, rows, dev):
@@ -212,11 +235,14 @@ def training_arguments(args, model, rows, dev):
 
     world = int(os.environ.get("WORLD_SIZE", 1))
     cuda, large = torch.cuda.is_available(), model.precision == "nf4"
-    micro = max(1, min(args.micro_batch or (args.batch_size if cuda else 8), args.batch_size // world))
-    accumulate = max(1, args.batch_size // (micro * world))
-    steps = (
-        args.max_steps if args.max_steps > 0 else max(1, int(args.epochs * len(rows) / (micro * accumulate * world)))
-    )
+    own, rest = divmod(args.batch_size, world)
+    if rest:
+        raise UserError(f"--batch_size {args.batch_size}: expected a multiple of the {world} processes")
+    most = min(args.micro_batch or (own if cuda else 8), own)
+    micro = next(m for m in range(most, 0, -1) if own % m == 0)  # so that the batch is what was asked
+    accumulate = own // micro
+    epoch = len(rows) / args.batch_size
+    steps = args.max_steps if args.max_steps > 0 else max(1, int(args.epochs * epoch))
     every = args.eval_steps or max(1, steps // 8)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(args.save_dir) / "tensorboard")
     print(f"{steps} steps of {micro} x {accumulate} accumulated x {world} processes; evaluation every {every}")
@@ -237,7 +263,7 @@ def training_arguments(args, model, rows, dev):
         "warmup_steps": 0.03,
         "optim": "paged_adamw_32bit" if cuda and large else "adamw_torch",
         "bf16": model.precision != "fp32",
-        # recomputing activations costs a forward pass; a small model has room for them
+        # recomputing activations costs a forward pass; a small model has room for them. TRL still asks by the old name
         "gradient_checkpointing": large,
         "eval_strategy": "steps" if dev else "no",
         "save_strategy": "steps",
@@ -268,10 +294,14 @@ def fit_micro_batch(trainer):
         with trainer.accelerator.autocast():
             trainer.compute_loss(trainer.model.train(), batch).backward()
 
+    if trainer.args.gradient_checkpointing:
+        trainer.model.gradient_checkpointing_enable()  # as train() will
     asked = trainer.args.per_device_train_batch_size
     fits = largest_fitting(step, asked)
     trainer.model.zero_grad(set_to_none=True)
+    trainer._metrics["train"].clear()
     torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     if fits < asked:
         trainer.args.per_device_train_batch_size = trainer._train_batch_size = fits
         trainer.args.gradient_accumulation_steps *= asked // fits
@@ -279,18 +309,16 @@ def fit_micro_batch(trainer):
 
 
 def largest_fitting(step, n):
-    """The first of n, n / 2, ... for which step(n) does not run out of memory; UserError when not even 1 does."""
+    """The largest divisor of n for which step does not run out of memory, tried downwards; UserError when none is."""
     import torch
 
-    while True:
+    for rows in (m for m in range(n, 0, -1) if n % m == 0):
         try:
-            step(n)
-            return n
+            step(rows)
+            return rows
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
-        if n == 1:
-            raise UserError("one row does not fit this GPU; expected a smaller --max_len, --precision nf4 or student")
-        n //= 2
+    raise UserError("one row does not fit this GPU; expected a smaller --max_len, --precision nf4 or student")
 
 
 def expected_memory(model, rows, tokens, lora_r):
@@ -298,9 +326,9 @@ def expected_memory(model, rows, tokens, lora_r):
 
     The activation coefficients were fitted to the embedded student on an H100 (32 rows: 3.8 GiB, 64 rows: 6.9 GiB).
     """
-    c = model.config
+    c = model.config.get_text_config()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    adapter = 16 * lora_r * c.num_hidden_layers * (6 * c.hidden_size + 3 * c.intermediate_size)
+    adapter = 16 * lora_r * c.num_hidden_layers * (11 * c.hidden_size + 3 * c.intermediate_size)
     layer = 2 * (16 * c.hidden_size + 10 * c.intermediate_size)
     kept = layer + 2 * c.hidden_size * c.num_hidden_layers if model.precision == "nf4" else layer * c.num_hidden_layers
     return (weights + adapter + rows * tokens * kept) / 2**30
@@ -324,7 +352,7 @@ def run_training(trainer, args, task, dev, record, prompts):
         Interrupt.asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one stops at once
 
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and trainer.args.world_size == 1:  # ranks that probe alone would wait for each other
         fit_micro_batch(trainer)
     trainer.add_callback(Interrupt)
     signal.signal(signal.SIGINT, interrupt)
@@ -344,7 +372,7 @@ def run_training(trainer, args, task, dev, record, prompts):
         "student": args.student,
         "precision": trainer.model.get_base_model().precision,
         "task": task.name if task else None,
-        "data_sha256": sha256(Path(args.data).read_text(encoding="utf-8-sig")),
+        "data_sha256": file_sha256(args.data),
         "rows": len(prompts),
         "steps": trainer.state.global_step,
         "train_loss": result.training_loss,
@@ -363,14 +391,14 @@ def finish(trainer, args, task, dev, record, prompts):
     import torch
 
     folder, model = Path(args.save_dir), trainer.model
-    if task:
-        task.save(folder / "task.json")
-    if task and dev:
-        raw, prior, y = dev_scores(model, trainer.processing_class, task, dev)
-        fit = fit_calibration(raw, prior, y)
-        record["dev"] = {"rows": len(y), "accuracy": float((fit(raw, prior).argmax(1) == y).mean())}
-        losses = {"raw": log_loss(raw, y), "null": log_loss(raw - prior, y), "fitted": log_loss(fit(raw, prior), y)}
-        fit.save(folder, task, dev_rows=len(y), dev_log_loss=losses)
+    hashes = {row_hash(p) for p in prompts}
+    earlier = Path(getattr(args, "init_adapter", None) or folder) / "train_rows.txt"
+    if getattr(args, "init_adapter", None) and earlier.is_file():
+        hashes |= set(earlier.read_text(encoding="utf-8").split())
+    with atomic_write(folder / "train_rows.txt") as f:  # first: no weights without what an evaluation compares
+        f.writelines(h + "\n" for h in sorted(hashes))
+    for stale in ("calibration.json", "task.json"):
+        (folder / stale).unlink(missing_ok=True)
     part = folder / "adapter.tmp"
     weights = {k: v.to(torch.bfloat16) for k, v in model.state_dict().items() if "lora_" in k and ".default." in k}
     model.save_pretrained(part, state_dict=weights, selected_adapters=["default"])
@@ -379,9 +407,15 @@ def finish(trainer, args, task, dev, record, prompts):
     for leftover in part.iterdir():
         leftover.unlink()
     part.rmdir()
+    if task:
+        task.save(folder / "task.json")
+    if task and dev:
+        raw, prior, y = dev_scores(model, trainer.processing_class, task, dev)
+        fit = fit_calibration(raw, prior, y)
+        record["dev"] = {"rows": len(y), "accuracy": float((fit(raw, prior).argmax(1) == y).mean())}
+        losses = {"raw": log_loss(raw, y), "null": log_loss(raw - prior, y), "fitted": log_loss(fit(raw, prior), y)}
+        fit.save(folder, task, dev_rows=len(y), dev_log_loss=losses)
     draw_curve(trainer.state.log_history, folder / "curve.png")
-    with atomic_write(folder / "train_rows.txt") as f:  # what an evaluation compares its rows with
-        f.writelines(h + "\n" for h in sorted({row_hash(p) for p in prompts}))
     write_json(folder / "run.json", {"status": "finished", **record, **run_record(args)})
     write_card(folder, record, args)
     for checkpoint in folder.glob("checkpoint-*"):  # the best of them is the adapter now
@@ -409,7 +443,8 @@ def draw_curve(history, path):
     axis.set_xlabel("step")
     axis.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    with atomic_write(path, "wb") as f:
+        figure.savefig(f, dpi=110, format="png")
     plt.close(figure)
 
 
@@ -441,15 +476,15 @@ def add_arguments(p, data, save_dir, lr):
     p.add_argument("--data", type=Path, default=Path(data), help="training rows (default: %(default)s)")
     p.add_argument("--save_dir", type=Path, default=Path(save_dir), help="adapter folder (default: %(default)s)")
     p.add_argument("--task", type=Path, help="label task; default: NAME_task.json beside NAME_sft.jsonl, if there")
-    p.add_argument("--epochs", type=float, default=3, help="passes over the rows (default: %(default)s)")
+    p.add_argument("--epochs", type=positive(float), default=3, help="passes over the rows (default: %(default)s)")
     p.add_argument("--max_steps", type=int, default=-1, help="stop after so many steps, whatever --epochs says")
-    p.add_argument("--lr", type=float, default=lr, help="peak learning rate (default: %(default)s)")
-    p.add_argument("--batch_size", type=int, default=16, help="effective batch, all GPUs together (default: 16)")
-    p.add_argument("--micro_batch", type=int, help="rows at once; default: the whole batch on a GPU, 8 on a CPU")
-    p.add_argument("--lora_r", type=int, default=16, help="adapter rank, alpha is twice that (default: 16)")
-    p.add_argument("--max_len", type=int, default=1024, help="longer rows are dropped and counted (default: 1024)")
-    p.add_argument("--dev_rows", type=int, help="development rows scored; default: 1000 on a GPU, 100 on a CPU")
-    p.add_argument("--eval_steps", type=int, help="steps between evaluations; default: 8 a run")
+    p.add_argument("--lr", type=positive(float), default=lr, help="peak learning rate (default: %(default)s)")
+    p.add_argument("--batch_size", type=positive(int), default=16, help="of all GPUs together (default: 16)")
+    p.add_argument("--micro_batch", type=positive(int), help="rows at once; default: the batch on a GPU, 8 on a CPU")
+    p.add_argument("--lora_r", type=positive(int), default=16, help="adapter rank, alpha is twice that (default: 16)")
+    p.add_argument("--max_len", type=positive(int), default=1024, help="longer rows are dropped (default: 1024)")
+    p.add_argument("--dev_rows", type=positive(int), help="development rows; default: 1000 on a GPU, 100 on a CPU")
+    p.add_argument("--eval_steps", type=positive(int), help="steps between evaluations; default: 8 a run")
     p.add_argument("--precision", choices=["auto", "nf4", "bf16", "fp32"], default="auto", help="of the base model")
     p.add_argument("--seed", type=int, default=SEED, help="of split, order and adapter (default: %(default)s)")
     p.add_argument("--resume_from_checkpoint", metavar="PATH|last", help="go on from a checkpoint of this run")

@@ -9,7 +9,6 @@ rate="--lr 1e-3 --batch_size 32 --max_steps 640 --eval_steps 128"
 for seed in "${@:-42}"; do
   data=$out/data-$seed; mkdir -p "$data"
   python creditmix_prepare.py --src "$src" --outdir "$data" --seed "$seed" > "$data/prepare.log"
-  cp data/creditmix_task.json "$data/"
   for route in sft kd dpo; do
     extra=""; [ $route != dpo ] || extra="--beta 0.3 --sft_weight 1"
     python ${route}_train.py --student smollm2-135m --data "$data/creditmix_$route.jsonl" --seed "$seed" \

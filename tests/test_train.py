@@ -77,6 +77,19 @@ def test_dpo_from_an_adapter_says_what_its_reference_is(run, tiny, tiny_adapter,
     assert all((before[k].bfloat16() != after[k]).any() for k in before)  # every LoRA matrix changed, A and B
 
 
+@pytest.mark.parametrize("teacher", ["gradient-boosting", "a model"])
+def test_a_teacher_answers_rows_that_have_no_answer(run, tiny, tiny_adapter, data, jsonl, tmp_path, teacher):
+    rows = [json.loads(line) for line in (data / "creditmix_sft.jsonl").read_text().splitlines()]
+    path = jsonl("creditmix_kd.jsonl", rows)
+    flags = ["--student", tiny, "--data", path, "--task", data / "creditmix_task.json", "--save_dir", tmp_path / "a"]
+    flags += ["--max_steps", 1, "--batch_size", 8, "--dev_rows", 4]
+    refused = run("kd_train.py", *flags)
+    assert refused.returncode == 2 and "row 1: field 'teacher_output' is missing; expected one" in refused.stderr
+    done = run("kd_train.py", *flags, "--teacher", tiny_adapter("sft") if teacher == "a model" else teacher)
+    assert done.returncode == 0 and "taught 120 rows" in done.stdout, done.stderr[-2000:]
+    assert json.loads((tmp_path / "a" / "run.json").read_text())["loss"] == "label distribution"
+
+
 def test_free_text_trains_without_a_task(run, tiny, jsonl, tmp_path):
     path = jsonl(
         "notes_sft.jsonl", [{"input": f"question {i}", "output": f"an answer of words {i}"} for i in range(30)]
@@ -104,6 +117,13 @@ def test_stopped_and_resumed_is_the_run_that_was_not_stopped(run, tiny, data, tm
     assert refused.returncode == 2 and "an unfinished run; expected --resume_from_checkpoint last" in refused.stderr
     other = run("dpo_train.py", *options(tiny, data, "dpo", tmp_path / "parts"), "--resume_from_checkpoint", "last")
     assert other.returncode == 2 and "field 'route' of its run.json is 'sft'; expected 'dpo'" in other.stderr
+    more = run(
+        "sft_train.py",
+        *options(tiny, data, "sft", tmp_path / "parts", max_steps=50),
+        "--resume_from_checkpoint",
+        "last",
+    )
+    assert more.returncode == 2 and "field 'max_steps' of its run.json is '40'; expected '50'" in more.stderr
     resumed = run("sft_train.py", *flags, "--resume_from_checkpoint", "last")
     assert resumed.returncode == 0, resumed.stderr[-2000:]
     expected = load_file(tmp_path / "whole" / "adapter_model.safetensors")
@@ -194,6 +214,6 @@ def test_the_micro_batch_is_halved_until_it_fits():
         if n > fits:
             raise torch.OutOfMemoryError
 
-    assert largest_fitting(step, 32) == 4 and tried == [32, 16, 8, 4]
+    assert largest_fitting(step, 24) == 4 and tried == [24, 12, 8, 6, 4]
     with pytest.raises(UserError, match="one row does not fit this GPU"):
         largest_fitting(lambda n: step(n, 0), 2)
