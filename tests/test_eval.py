@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from common import Task, row_hash, write_json
+from common import Task, holdout, row_hash, write_json
 from eval_creditmix import bootstrap, confusion, ece, from_confusion, mcnemar, metrics, takes_over
 
 LABELS = ("Good", "Good enough", "Standard", "Bad", "Very bad indeed", "Very good")  # one begins another
@@ -113,13 +113,17 @@ def test_a_model_that_saw_the_rows_is_refused(run, tiny_adapter, raw, tmp_path):
     TASK6.save(adapter / "task.json")
     (adapter / "calibration.json").unlink()
     rows = json.loads((raw / "rows.json").read_text())
-    (adapter / "train_rows.txt").write_text("\n".join(row_hash(TASK6.prompt(r["question"])) for r in rows))
+    seen = [row_hash(TASK6.prompt(r["question"])) for r in holdout(rows)[1]]
+    (adapter / "train_rows.txt").write_text("\n".join(seen))
     flags = ["--model_dir", adapter, "--data", raw / "rows.json", "--val_per_class", 3, "--out", tmp_path / "report"]
     done = run("eval_creditmix.py", *flags)
     assert done.returncode == 2 and "trained on 18 of the 18 evaluation rows; expected none" in done.stderr
     done = run("eval_creditmix.py", *flags, "--allow_overlap", "--fit_calibration", "--label_bias", "Bad=0.3")
     assert done.returncode == 0 and "WARNING: 18 evaluation rows were trained on" in done.stdout, done.stderr[-1500:]
     assert json.loads((adapter / "calibration.json").read_text())["dev_rows"] > 0
+    (adapter / "train_rows.txt").write_text("\n".join(row_hash(TASK6.prompt(r["question"])) for r in rows))
+    done = run("eval_creditmix.py", *flags, "--allow_overlap", "--fit_calibration")
+    assert done.returncode == 2 and "no development row that it was not trained on" in done.stderr
 
 
 @pytest.mark.parametrize(
