@@ -107,7 +107,7 @@ def read_json(path):
     except json.JSONDecodeError as e:
         raise UserError(f"{path}:{e.lineno}: not JSON: {e.msg}") from None
     except (ValueError, RecursionError) as e:  # JSON, but a number or a depth that Python does not take
-        raise UserError(f"{path}: {e}") from None
+        raise UserError(f"{path}: {'nested too deep' if isinstance(e, RecursionError) else e}") from None
 
 
 def read_rows(path, fields, optional=None):
@@ -131,7 +131,9 @@ def read_rows(path, fields, optional=None):
                 except json.JSONDecodeError as e:
                     raise UserError(f"{path}:{i}: not JSON: {e.msg}") from None
                 except (ValueError, RecursionError) as e:
-                    raise UserError(f"{path}:{i}: {e}") from None
+                    raise UserError(
+                        f"{path}:{i}: {'nested too deep' if isinstance(e, RecursionError) else e}"
+                    ) from None
                 places.append(f"{path}:{i}")
     if not rows:
         raise UserError(f"{path}: no rows")
