@@ -101,13 +101,19 @@ def read_text(path):
     return text
 
 
-def read_json(path):
+def parse_json(text, path, line=None):
+    """The value of one JSON text; UserError naming file and line (`line`, or the line within the text)."""
     try:
-        return json.loads(read_text(path))
+        return json.loads(text)
     except json.JSONDecodeError as e:
-        raise UserError(f"{path}:{e.lineno}: not JSON: {e.msg}") from None
+        raise UserError(f"{path}:{line or e.lineno}: not JSON: {e.msg}") from None
     except (ValueError, RecursionError) as e:  # JSON, but a number or a depth that Python does not take
-        raise UserError(f"{path}: {'nested too deep' if isinstance(e, RecursionError) else e}") from None
+        place = f"{path}:{line}" if line else path
+        raise UserError(f"{place}: {'nested too deep' if isinstance(e, RecursionError) else e}") from None
+
+
+def read_json(path):
+    return parse_json(read_text(path), path)
 
 
 def read_rows(path, fields, optional=None):
@@ -118,7 +124,7 @@ def read_rows(path, fields, optional=None):
     """
     text = read_text(path)
     if str(path).endswith(".json") or text.lstrip().startswith("["):
-        rows = read_json(path)
+        rows = parse_json(text, path)
         if not isinstance(rows, list):
             raise UserError(f"{path}: expected a JSON list of rows, got {type(rows).__name__}")
         places = [f"{path}: item {i}" for i in range(1, len(rows) + 1)]
@@ -126,14 +132,7 @@ def read_rows(path, fields, optional=None):
         rows, places = [], []
         for i, line in enumerate(text.split("\n"), 1):
             if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as e:
-                    raise UserError(f"{path}:{i}: not JSON: {e.msg}") from None
-                except (ValueError, RecursionError) as e:
-                    raise UserError(
-                        f"{path}:{i}: {'nested too deep' if isinstance(e, RecursionError) else e}"
-                    ) from None
+                rows.append(parse_json(line, path, i))
                 places.append(f"{path}:{i}")
     if not rows:
         raise UserError(f"{path}: no rows")
@@ -203,6 +202,12 @@ class Task:
         if d["template"].count("{input}") != 1:
             raise UserError(f"{path}: field 'template': expected {{input}} exactly once")
         return cls(d["name"], tuple(labels), d["template"], tuple(d["null_inputs"]))
+
+    @classmethod
+    def of(cls, model_dir, otherwise):
+        """The task that travels with an adapter, else the one in the file `otherwise`."""
+        own = Path(model_dir) / "task.json"
+        return cls.load(own if own.is_file() else otherwise)
 
     def save(self, path):
         write_json(path, asdict(self))
@@ -634,6 +639,14 @@ def fit_calibration(raw, prior, y, ridge=1e-3):
             b = fit.x[1:] - fit.x[1:].mean()
             best = fit.fun, Calibration(w, tuple(float(v) for v in b / fit.x[0]), float(1 / fit.x[0]), True)
     return best[1]
+
+
+def fit_and_save(folder, task, raw, prior, y):
+    """fit_calibration, kept in `folder` with the development log-loss of raw, null and fitted scores."""
+    fit = fit_calibration(raw, prior, y)
+    losses = {"raw": log_loss(raw, y), "null": log_loss(raw - prior, y), "fitted": log_loss(fit(raw, prior), y)}
+    fit.save(folder, task, dev_rows=len(y), dev_log_loss=losses)
+    return fit
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from common import (
     dev_split,
     device,
     file_sha256,
-    fit_calibration,
+    fit_and_save,
     group_hash,
     holdout,
     label_classes,
@@ -50,7 +50,7 @@ from creditmix_prepare import GradientBoosting, balance, read_raw
 
 def main(args):
     out = args.out or Path("runs/reports") / datetime.now().strftime("%Y%m%d-%H%M%S")
-    tasks = [task_of(name, args.task) for name in args.model_dir]
+    tasks = [Task.of(name, args.task) for name in args.model_dir]
     task = tasks[0]
     for name, other in zip(args.model_dir, tasks, strict=True):
         if other != task:
@@ -103,11 +103,6 @@ def main(args):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows
-
-
-def task_of(name, path):
-    own = Path(name) / "task.json"
-    return Task.load(own if own.is_file() else path)
 
 
 def pick(held, task, per_class, seed):
@@ -205,10 +200,8 @@ def fit_on(name, raw, prior, dev, task, out):
     if not dev:
         raise UserError(f"{name}: no development row that it was not trained on; expected the --seed of its training")
     y = label_classes("development rows", dev, "output", task)
-    fit = fit_calibration(raw, prior, y)
     folder = Path(name) if (Path(name) / "adapter_config.json").is_file() else out
-    losses = {"raw": log_loss(raw, y), "null": log_loss(raw - prior, y), "fitted": log_loss(fit(raw, prior), y)}
-    fit.save(folder, task, dev_rows=len(y), dev_log_loss=losses)
+    fit = fit_and_save(folder, task, raw, prior, y)
     print(f"{name}: fitted on {len(y)} development rows: {folder / 'calibration.json'}")
     return fit
 

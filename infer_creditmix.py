@@ -23,8 +23,7 @@ def main(args):
         rows = [{"question": args.features}]
     else:
         raise UserError("--features: the text is empty")
-    own = Path(args.model_dir) / "task.json"
-    task = Task.load(own if own.is_file() else args.task)
+    task = Task.of(args.model_dir, args.task)
     model, tokenizer = load_model(args.model_dir, args.precision)
     scorer = LabelScorer(model, tokenizer, task.labels, task.null_prompts())
     calibration = Calibration.load(args.model_dir, task)

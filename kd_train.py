@@ -23,7 +23,6 @@ from common import (
     load_base,
     load_model,
     positive,
-    prompt_ids,
 )
 from training import (
     add_arguments,
@@ -70,7 +69,7 @@ def main(args):
         print(f"loss: label distribution, temperature {args.temperature}, gold share {args.alpha}")
         kind = distribution_trainer(kind, label_trie(tokenizer, task.labels), args)
         for row in train + dev:
-            row["prompt_ids"] = prompt_ids(tokenizer, [row["input"]])[0]
+            row["prompt_ids"] = row["input_ids"][: row["labels"].count(-100)]
         columns = ["prompt_ids", "teacher", "gold"]
         options |= {"remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
     trainer = kind(

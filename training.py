@@ -19,7 +19,7 @@ from common import (
     completion_ids,
     dev_split,
     file_sha256,
-    fit_calibration,
+    fit_and_save,
     label_classes,
     log_loss,
     positive,
@@ -282,7 +282,7 @@ def training_arguments(args, model, rows, dev):
 
 
 def fit_micro_batch(trainer):
-    """Halve the rows at once until a step on the longest ones fits; the effective batch stays what was asked."""
+    """Fewer rows at once until a step on the longest ones fits; the effective batch stays what was asked."""
     import torch
 
     rows = trainer.train_dataset
@@ -392,9 +392,9 @@ def finish(trainer, args, task, dev, record, prompts):
 
     folder, model = Path(args.save_dir), trainer.model
     hashes = {row_hash(p) for p in prompts}
-    earlier = Path(getattr(args, "init_adapter", None) or folder) / "train_rows.txt"
-    if getattr(args, "init_adapter", None) and earlier.is_file():
-        hashes |= set(earlier.read_text(encoding="utf-8").split())
+    started_from = getattr(args, "init_adapter", None)
+    if started_from and (started_from / "train_rows.txt").is_file():
+        hashes |= set((started_from / "train_rows.txt").read_text(encoding="utf-8").split())
     with atomic_write(folder / "train_rows.txt") as f:  # first: no weights without what an evaluation compares
         f.writelines(h + "\n" for h in sorted(hashes))
     for stale in ("calibration.json", "task.json"):
@@ -404,17 +404,13 @@ def finish(trainer, args, task, dev, record, prompts):
     model.save_pretrained(part, state_dict=weights, selected_adapters=["default"])
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         os.replace(part / name, folder / name)
-    for leftover in part.iterdir():
-        leftover.unlink()
-    part.rmdir()
+    shutil.rmtree(part)
     if task:
         task.save(folder / "task.json")
     if task and dev:
         raw, prior, y = dev_scores(model, trainer.processing_class, task, dev)
-        fit = fit_calibration(raw, prior, y)
+        fit = fit_and_save(folder, task, raw, prior, y)
         record["dev"] = {"rows": len(y), "accuracy": float((fit(raw, prior).argmax(1) == y).mean())}
-        losses = {"raw": log_loss(raw, y), "null": log_loss(raw - prior, y), "fitted": log_loss(fit(raw, prior), y)}
-        fit.save(folder, task, dev_rows=len(y), dev_log_loss=losses)
     draw_curve(trainer.state.log_history, folder / "curve.png")
     write_json(folder / "run.json", {"status": "finished", **record, **run_record(args)})
     write_card(folder, record, args)
