@@ -31,6 +31,7 @@ from common import (
     unit_hash,
     write_json,
 )
+from trees import packed_shape
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -246,11 +247,10 @@ def training_arguments(args, model, rows, dev):
     every = args.eval_steps or max(1, steps // 8)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(args.save_dir) / "tensorboard")
     print(f"{steps} steps of {micro} x {accumulate} accumulated x {world} processes; evaluation every {every}")
-    tokens = min(args.max_len, max(len(r["input_ids"]) for r in rows))
-    gib = expected_memory(model, micro, tokens, args.lora_r)
-    print(
-        f"expected memory: at most about {gib:.1f} GiB ({micro} rows of {tokens} tokens; shared beginnings save some)"
-    )
+    longest = sorted((r["input_ids"] for r in rows), key=len)[-micro:]
+    shape = packed_shape(longest, [1] * len(longest))
+    gib = expected_memory(model.config, model.precision, shape, args.lora_r, large)
+    print(f"expected memory: about {gib:.1f} GiB ({micro} rows as {shape[0]} trees of {shape[1]} tokens)")
     return {
         "output_dir": str(args.save_dir),
         "num_train_epochs": args.epochs,
@@ -321,17 +321,46 @@ def largest_fitting(step, n):
     raise UserError("one row does not fit this GPU; expected a smaller --max_len, --precision nf4 or student")
 
 
-def expected_memory(model, rows, tokens, lora_r):
-    """Rough GiB of a training step: weights, adapter with gradient and Adam state in fp32, activations in 16 bits.
+def expected_memory(config, precision, shape, lora_r, checkpointing, kept=0):
+    """GiB that torch reserves at the peak of a training step, from the config alone.
 
-    The activation coefficients were fitted to the embedded student on an H100 (32 rows: 3.8 GiB, 64 rows: 6.9 GiB).
+    shape: (trees or rows B, width L, trained tokens K) of a micro-batch (trees.packed_shape). kept: layers whose
+    activations are not recomputed. Not in it: the CUDA context (some 0.4 GiB) and a paged optimizer's state, which
+    torch does not allocate. The coefficients of the activations were fitted on tests/bench_train.py.
     """
-    c = model.config.get_text_config()
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    adapter = 16 * lora_r * c.num_hidden_layers * (11 * c.hidden_size + 3 * c.intermediate_size)
-    layer = 2 * (16 * c.hidden_size + 10 * c.intermediate_size)
-    kept = layer + 2 * c.hidden_size * c.num_hidden_layers if model.precision == "nf4" else layer * c.num_hidden_layers
-    return (weights + adapter + rows * tokens * kept) / 2**30
+    c = config.get_text_config()
+    hidden, inner, layers = c.hidden_size, c.intermediate_size, c.num_hidden_layers
+    head = getattr(c, "head_dim", None) or hidden // c.num_attention_heads
+    q, kv = c.num_attention_heads * head, c.num_key_value_heads * head
+    b, length, trained = shape
+    tokens = b * length
+    # 4 bits, a byte for each 64 of them, and 4 bytes for each 256 of those bytes: double quantisation
+    a_weight = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "bf16": 2, "fp32": 4}[precision]
+    wide = 4 if precision == "fp32" else 2
+    weights = a_weight * layers * (2 * hidden * q + 2 * hidden * kv + 3 * hidden * inner)
+    weights += wide * c.vocab_size * hidden * (1 if c.tie_word_embeddings else 2)
+    adapter = lora_r * layers * (6 * hidden + 2 * q + 2 * kv + 3 * (hidden + inner))
+    state = 8 if precision == "nf4" else 16  # weight and gradient in fp32; Adam's two moments are paged for nf4
+    layer = wide * tokens * (ACTIVATIONS["hidden"] * hidden + ACTIVATIONS["inner"] * inner)
+    boundaries = wide * tokens * hidden * layers if checkpointing else 0
+    live = layer * max(kept, 1) if checkpointing else layer * layers
+    passing = wide * tokens * (ACTIVATIONS["passing hidden"] * hidden + ACTIVATIONS["passing inner"] * inner)
+    if precision == "nf4":
+        passing += 2 * hidden * inner  # one matrix in 16 bits
+    mask = (1 + wide) * b * length * length
+    logits = trained * min(c.vocab_size, 32768) * wide + 8 * trained * hidden
+    return (weights + state * adapter + boundaries + live + passing + mask + logits) / 2**30
+
+
+# widths of a layer that are saved for its backward pass, in values of 16 bits a token, and what passes by meanwhile
+ACTIVATIONS = {"hidden": 17, "inner": 4.5, "passing hidden": 4, "passing inner": 4}
+
+
+def keep_activations(model, layers):
+    """Keep the activations of the last `layers` decoder layers: the backward pass frees them first."""
+    found = [m for m in model.modules() if hasattr(m, "gradient_checkpointing") and hasattr(m, "self_attn")]
+    for layer in found[len(found) - layers :]:
+        layer.gradient_checkpointing = False
 
 
 def run_training(trainer, args, task, dev, record, prompts):

@@ -10,6 +10,8 @@ import functools
 
 import torch
 
+GROUP = 20  # rows a tree: more share more, but attention looks at all of a tree's tokens (tests/bench_train.py)
+
 
 def tree_batch(trees, pad, head=0):
     """Token trees as one right-padded batch: each token sees its ancestors, and its position is its depth.
@@ -114,14 +116,27 @@ def radix(rows, limits):
     return segments, paths
 
 
-def pack_prompts(prompts, trie, pad, group=20):
+def neighbours(rows, group=None):
+    """Numbers of the rows (token id lists) in groups of at most `group`, those that begin alike together."""
+    order, group = sorted(range(len(rows)), key=rows.__getitem__), group or GROUP
+    return [order[i : i + group] for i in range(0, len(order), group)]
+
+
+def packed_shape(rows, trained, group=None):
+    """(trees, width, trained tokens) of a micro-batch of token id lists whose last `trained[i]` ids are trained."""
+    trees = [
+        radix([rows[i] for i in g], [len(rows[i]) - trained[i] - 1 for i in g])[0] for g in neighbours(rows, group)
+    ]
+    return len(trees), max(sum(len(ids) for ids, _ in tree) for tree in trees), sum(trained)
+
+
+def pack_prompts(prompts, trie, pad, group=None):
     """Prompts that end in the same labels, packed for a training step: heads shared, the label trie behind each.
 
     prompts: N token id lists -> model inputs with logits_to_keep [B, Q] (bool), and label_logits_at [N, 1 + M]: which
     of the kept logits belong to prompt end and nodes of each prompt (LabelTrie.scores).
     """
-    order = sorted(range(len(prompts)), key=prompts.__getitem__)  # neighbours share most
-    groups = [order[i : i + group] for i in range(0, len(order), group)]
+    groups = neighbours(prompts, group)
     packed = []
     for g in groups:
         segments, paths = radix([prompts[i] for i in g], [len(prompts[i]) - 1 for i in g])
@@ -143,7 +158,7 @@ def pack_prompts(prompts, trie, pad, group=20):
     return batch | {"label_logits_at": (keep.cumsum(0) - 1)[at]}
 
 
-def share_prefixes(model, pad, group=20):
+def share_prefixes(model, pad, group=None):
     """Make the forward pass that TRL trains with compute common beginnings once; same loss and gradients (issue 4).
 
     TRL calls model(input_ids, attention_mask, labels, fused_lm_head=True) with N padded rows and reads per-token
@@ -163,8 +178,7 @@ def share_prefixes(model, pad, group=20):
         limits = [
             next((i for i, t in enumerate(row) if t != -100), n) - 1 for row, n in zip(targets, lengths, strict=True)
         ]
-        order = sorted(range(len(rows)), key=rows.__getitem__)  # neighbours share most
-        groups = [order[i : i + group] for i in range(0, len(order), group)]
+        groups = neighbours(rows, group)
         packed = [radix([rows[i] for i in g], [limits[i] for i in g]) for g in groups]
         batch, starts = tree_batch([segments for segments, _ in packed], pad)
         target = torch.full(batch["input_ids"].shape, -100)
