@@ -135,8 +135,8 @@ def lora(model, args, init_adapter=None):
 
 
 def trainer_class(trainer, task, dev):
-    """`trainer`, a TRL trainer, with what all routes add: shared prefixes, fp32 adapters, accuracy by the scorer."""
-
+    """`trainer`, a TRL trainer, with what all routes add: shared prefixes, fused layers, fp32 adapters, accuracy."""
+    from fused import fuse
     from trees import share_prefixes
 
     class Student(trainer):
@@ -146,6 +146,7 @@ def trainer_class(trainer, task, dev):
             trainable = [p for p in self.model.parameters() if p.requires_grad]
             for p in trainable:  # TRL casts them to bf16 on a quantised base, where small steps round to nothing
                 p.data = p.data.float()
+            fuse(self.model)
             n, total = sum(p.numel() for p in trainable), sum(p.numel() for p in self.model.parameters())
             print(f"trainable: {n:,} of {total:,} parameters ({n / total:.2%})")
 

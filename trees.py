@@ -13,15 +13,16 @@ import torch
 GROUP = 20  # rows a tree: more share more, but attention looks at all of a tree's tokens (tests/bench_train.py)
 
 
-def tree_batch(trees, pad, head=0):
+def tree_batch(trees, pad, head=0, multiple=1):
     """Token trees as one right-padded batch: each token sees its ancestors, and its position is its depth.
 
     trees: B lists of segments (token ids, parent): the ids follow the last token of segment number `parent`, an
-    earlier one, or begin the text (-1). head: length of a cached head before all of them.
+    earlier one, or begin the text (-1). head: length of a cached head before all of them. multiple: of which Q is one,
+    since GPU kernels copy a mask that is not aligned to 16.
     -> ({"input_ids" [B, Q], "position_ids" [B, Q], "attention_mask" [B, 1, Q, head + Q] bool}, starts), where
        starts[b][s] is the first column of segment s. Equal to separate rows: no segment sees a sibling.
     """
-    width = max(sum(len(ids) for ids, _ in tree) for tree in trees)
+    width = -max(sum(len(ids) for ids, _ in tree) for tree in trees) // multiple * -multiple
     most = max(map(len, trees)) + 1
     tokens = torch.full((len(trees), width), pad)
     depth = torch.zeros(len(trees), width, dtype=torch.long)
@@ -145,7 +146,7 @@ def pack_prompts(prompts, trie, pad, group=None):
             firsts.append(len(segments))
             segments += trie.behind(path[-1], len(segments))
         packed.append((segments, [path[-1] for path in paths], firsts))
-    batch, starts = tree_batch([segments for segments, _, _ in packed], pad)
+    batch, starts = tree_batch([segments for segments, _, _ in packed], pad, multiple=16)
     width = batch["input_ids"].shape[1]
     at = torch.zeros(len(prompts), 1 + len(trie.nodes), dtype=torch.long)
     for b, (g, (segments, lasts, firsts)) in enumerate(zip(groups, packed, strict=True)):
@@ -180,7 +181,7 @@ def share_prefixes(model, pad, group=None):
         ]
         groups = neighbours(rows, group)
         packed = [radix([rows[i] for i in g], [limits[i] for i in g]) for g in groups]
-        batch, starts = tree_batch([segments for segments, _ in packed], pad)
+        batch, starts = tree_batch([segments for segments, _ in packed], pad, multiple=16)
         target = torch.full(batch["input_ids"].shape, -100)
         source = torch.zeros(len(rows), input_ids.shape[1] - 1, dtype=torch.long)
         for b, (g, (segments, paths)) in enumerate(zip(groups, packed, strict=True)):
@@ -190,6 +191,9 @@ def share_prefixes(model, pad, group=None):
                 own = slice(limits[i], len(columns))
                 target[b, columns[own]] = torch.tensor(targets[i][own.start + 1 : lengths[i]])
         batch = {k: v.to(input_ids.device) for k, v in batch.items()}
+        see = batch["attention_mask"]  # as what attention adds, since sdpa would turn it into that in every layer
+        batch["attention_mask"] = torch.zeros(see.shape, dtype=model.dtype, device=see.device)
+        batch["attention_mask"].masked_fill_(~see, torch.finfo(model.dtype).min)
         target, source, mask = target.to(labels.device), source.to(labels.device), labels[:, 1:] != -100
         if input_ids.device.type == "cpu":  # TRL's head computes the trained positions only on a GPU
             del kwargs["fused_lm_head"]

@@ -33,7 +33,8 @@ GIB, EPOCHS = 2**30, 3
 CUDA = torch.cuda.is_available()
 RATE = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "L4": 121e12}  # dense bf16, FLOP/s
 PLAIN = {"sft": [48, 64, 80, 96], "dpo": [16, 24, 28, 32]}
-OURS = {"sft": [96, 160, 192, 224, 256, 320], "kd": [96, 160, 192, 224, 256], "dpo": [16, 64, 96, 128, 160]}
+OURS = {"sft": [96, 160, 256, 320, 384, 448], "kd": [160, 256, 384], "dpo": [16, 80, 128, 160, 192, 224]}
+PEFT_FITS = {"sft": 160, "kd": 160, "dpo": 96}  # rows at once without fused layers
 
 
 def main(args):
@@ -91,14 +92,13 @@ def bench_route(name, route, model, tokenizer, rows, args):
                 break
         fits = [r for r in done if r["how"] == "ours" and "error" not in r]
         best = max(fits, key=lambda r: r["rows_per_s"])["batch"] if fits else ours[0]
-        small = min(ours[0], best)
-        if route == "sft":
-            for group in (10, 40, 80):
-                line("ours", best, group=group)
-        line("ours", best, kept=1)
-        line("ours", small, kept=4)
         for variant in args.variants:
-            line("ours", best, variant=variant)
+            line("ours", min(best, PEFT_FITS[route]) if "peft" in variant else best, variant=variant)
+        if route == "sft":
+            for group in (10, 40):
+                line("ours", best, group=group)
+            line("ours", best, kept=1)
+            line("ours", min(ours[0], best), kept=4)
     return done
 
 
@@ -337,6 +337,10 @@ def restore(wrapped, model):
     """Take adapter, patched forwards and checkpointing off again, so that the next line finds the model as built."""
     wrapped.__dict__.pop("forward", None)
     wrapped.unload()
+    source = sys.modules[type(model).__module__]
+    if hasattr(source, "plain_rope"):
+        source.apply_rotary_pos_emb = source.plain_rope
+        del source.plain_rope
     for module in model.modules():
         module.__dict__.pop("forward", None)
         if hasattr(module, "gradient_checkpointing"):
@@ -346,17 +350,31 @@ def restore(wrapped, model):
     model.requires_grad_(False)
 
 
-def compile_layers(trainer):
-    """Each decoder layer through torch.compile: fewer, larger kernels; checkpointing stays outside."""
-    import torch._dynamo
+def peft_layers(trainer):
+    """PEFT's own layers in place of the fused ones."""
+    base = trainer.model.get_base_model()
+    for module in base.model.modules():
+        module.__dict__.pop("forward", None)
 
+
+def compiled_peft_layers(trainer):
+    """PEFT's layers, attention and MLP through torch.compile; checkpointing stays outside."""
+    peft_layers(trainer)
     torch._dynamo.config.cache_size_limit = 64
     for layer in trainer.model.get_base_model().model.layers:
         layer.self_attn.forward = torch.compile(layer.self_attn.forward, dynamic=True)
         layer.mlp.forward = torch.compile(layer.mlp.forward, dynamic=True)
 
 
-VARIANTS = {"compile": compile_layers}
+def compiled_rope(trainer):
+    """Rotary positions, the last chain of small kernels beside fused layers, through torch.compile."""
+    module = sys.modules[type(trainer.model.get_base_model()).__module__]
+    if not hasattr(module, "plain_rope"):
+        module.plain_rope = module.apply_rotary_pos_emb
+        module.apply_rotary_pos_emb = torch.compile(module.plain_rope, dynamic=True)
+
+
+VARIANTS = {"rope": compiled_rope, "peft": peft_layers, "peft compiled": compiled_peft_layers}
 
 
 def now():
@@ -401,7 +419,7 @@ if __name__ == "__main__":
     p.add_argument("--only", nargs="+", default=["3b", "small"], choices=["3b", "small"])
     p.add_argument("--routes", nargs="+", default=["sft", "kd", "dpo"], choices=["sft", "kd", "dpo"])
     p.add_argument("--kinds", nargs="+", default=["plain", "ours"], choices=["plain", "ours"])
-    p.add_argument("--variants", nargs="*", default=sorted(VARIANTS), choices=sorted(VARIANTS))
+    p.add_argument("--variants", nargs="*", default=["peft"], choices=sorted(VARIANTS))
     p.add_argument("--rows", nargs="+", type=int, help="batches to try in place of the usual ones")
     p.add_argument("--layers", type=int, default=36)
     p.add_argument("--hidden", type=int, default=2048)
