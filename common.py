@@ -332,24 +332,30 @@ def choose_precision(config, precision="auto"):
     return ("nf4", "a large model on a CPU") if large else ("fp32", "CPU: bf16 is emulated on many")
 
 
-def load_base(name, precision="auto"):
-    """(model, tokenizer) of a hub id, a local folder or the embedded student, in eval mode, attention through sdpa.
-
-    precision: auto, nf4 (QLoRA: double quantisation, bf16 compute), bf16 or fp32.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+def open_base(name):
+    """(path, config, tokenizer) of a hub id, a local folder or the embedded student; UserError where there is none."""
+    from transformers import AutoConfig, AutoTokenizer
 
     path = embedded_student() if name == EMBEDDED else name
     try:
-        config = AutoConfig.from_pretrained(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        return path, AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as e:
         reason = str(e).strip().split("\n")[0]
         raise UserError(
             f"{name}: neither a model folder nor a model that the hub gave; expected a folder, a hub id with network "
             f"or in the cache, or {EMBEDDED} ({reason})"
         ) from None
+
+
+def load_base(name, precision="auto"):
+    """(model, tokenizer) of a hub id, a local folder or the embedded student, in eval mode, attention through sdpa.
+
+    precision: auto, nf4 (QLoRA: double quantisation, bf16 compute), bf16 or fp32.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    path, config, tokenizer = open_base(name)
     if tokenizer.chat_template is None:
         raise UserError(f"{name}: the tokenizer has no chat template; expected an instruction-tuned model")
     precision, why = choose_precision(config, precision)

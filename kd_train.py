@@ -20,7 +20,6 @@ from common import (
     cli,
     label_classes,
     label_trie,
-    load_base,
     load_model,
     positive,
 )
@@ -29,6 +28,7 @@ from training import (
     dataset,
     describe,
     encode,
+    load_student,
     lora,
     read_training_rows,
     run_training,
@@ -55,7 +55,7 @@ def main(args):
         add_distributions(args.data, rows, task)
     start_run(args, "kd")
     train, dev = split_for(args, rows)
-    model, tokenizer = load_base(args.student, args.precision)
+    model, tokenizer = load_student(args, train)
     train, dropped = encode(tokenizer, train, args.max_len, "input", "teacher_output")
     dev, _ = encode(tokenizer, dev, args.max_len, "input", "teacher_output")
     told = describe(tokenizer, train, dropped)

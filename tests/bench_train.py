@@ -283,7 +283,7 @@ def make_trainer(route, how, model, tokenizer, rows, n, accumulate, steps, folde
         "gradient_accumulation_steps": accumulate,
         "learning_rate": 1e-4,
         "optim": "paged_adamw_32bit" if CUDA else "adamw_torch",
-        "bf16": True,
+        "bf16": model.precision != "fp32",
         "gradient_checkpointing": model.precision == "nf4" or how == "seed",
         "save_strategy": "no",
         "logging_steps": 1000,
