@@ -332,19 +332,23 @@ def choose_precision(config, precision="auto"):
     return ("nf4", "a large model on a CPU") if large else ("fp32", "CPU: bf16 is emulated on many")
 
 
-def open_base(name):
-    """(path, config, tokenizer) of a hub id, a local folder or the embedded student; UserError where there is none."""
+def base_config(name):
+    """(path, config, tokenizer) of what load_base takes, without its weights; UserError when there is no such model."""
     from transformers import AutoConfig, AutoTokenizer
 
     path = embedded_student() if name == EMBEDDED else name
     try:
-        return path, AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as e:
         reason = str(e).strip().split("\n")[0]
         raise UserError(
             f"{name}: neither a model folder nor a model that the hub gave; expected a folder, a hub id with network "
             f"or in the cache, or {EMBEDDED} ({reason})"
         ) from None
+    if tokenizer.chat_template is None:
+        raise UserError(f"{name}: the tokenizer has no chat template; expected an instruction-tuned model")
+    return path, config, tokenizer
 
 
 def load_base(name, precision="auto"):
@@ -355,9 +359,7 @@ def load_base(name, precision="auto"):
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    path, config, tokenizer = open_base(name)
-    if tokenizer.chat_template is None:
-        raise UserError(f"{name}: the tokenizer has no chat template; expected an instruction-tuned model")
+    path, config, tokenizer = base_config(name)
     precision, why = choose_precision(config, precision)
     print(f"{name}: {precision} on {device()} ({why})", file=sys.stderr)
     kwargs = {"dtype": torch.float32 if precision == "fp32" else torch.bfloat16, "attn_implementation": "sdpa"}

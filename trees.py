@@ -8,6 +8,7 @@ tree (LabelTrie), and so are the rows of a task behind their common head, or cho
 
 import functools
 
+import numpy as np
 import torch
 
 GROUP = 20  # rows a tree: more share more, but attention looks at all of a tree's tokens (tests/bench_train.py)
@@ -23,30 +24,28 @@ def tree_batch(trees, pad, head=0, multiple=1):
        starts[b][s] is the first column of segment s. Equal to separate rows: no segment sees a sibling.
     """
     width = -max(sum(len(ids) for ids, _ in tree) for tree in trees) // multiple * -multiple
-    most = max(map(len, trees)) + 1
-    tokens = torch.full((len(trees), width), pad)
-    depth = torch.zeros(len(trees), width, dtype=torch.long)
-    segment = torch.full((len(trees), width), most - 1)  # the last number is padding, which sees itself
-    ancestor = torch.zeros(len(trees), most, most, dtype=torch.bool)
-    ancestor[:, -1, -1] = True
+    tokens, depth = np.full((len(trees), width), pad), np.zeros((len(trees), width), dtype=np.int64)
+    see = np.zeros((len(trees), 1, width, head + width), dtype=bool)
+    see[:, 0, :, :head] = True
+    see[:, 0, range(width), range(head, head + width)] = True  # padding sees itself: no row of the softmax is empty
     starts = []
     for b, tree in enumerate(trees):
-        at, starts_b, ends = 0, [], []
-        for s, (ids, parent) in enumerate(tree):
+        at, begins, ends, above = 0, [], [], []
+        for ids, parent in tree:
             n, begin = len(ids), ends[parent] if parent >= 0 else 0
-            tokens[b, at : at + n] = torch.tensor(ids)
-            depth[b, at : at + n] = torch.arange(begin, begin + n)
-            segment[b, at : at + n] = s
-            if parent >= 0:
-                ancestor[b, s] = ancestor[b, parent]
-            ancestor[b, s, s] = True
-            starts_b.append(at)
+            own = slice(at, at + n)
+            tokens[b, own], depth[b, own] = ids, range(begin, begin + n)
+            ancestors = [*above[parent], parent] if parent >= 0 else []
+            for s in ancestors:
+                see[b, 0, own, head + begins[s] : head + begins[s] + len(tree[s][0])] = True
+            see[b, 0, own, head + at : head + at + n] = np.tri(n, dtype=bool)
+            begins.append(at)
             ends.append(begin + n)
+            above.append(ancestors)
             at += n
-        starts.append(starts_b)
-    see = ancestor[torch.arange(len(trees))[:, None, None], segment[:, :, None], segment[:, None, :]].tril_()
-    see = torch.cat([torch.ones(len(trees), width, head, dtype=torch.bool), see], 2) if head else see
-    return {"input_ids": tokens, "position_ids": depth + head, "attention_mask": see[:, None]}, starts
+        starts.append(begins)
+    inputs = {"input_ids": tokens, "position_ids": depth + head, "attention_mask": see}
+    return {k: torch.from_numpy(v) for k, v in inputs.items()}, starts
 
 
 class LabelTrie:
@@ -159,6 +158,22 @@ def pack_prompts(prompts, trie, pad, group=None):
     return batch | {"label_logits_at": (keep.cumsum(0) - 1)[at]}
 
 
+def pack_rows(rows, limits, pad, group=None):
+    """Token rows as trees of at most `group` rows: (model inputs of tree_batch, where each row's tokens stand).
+
+    limits as radix. The second: N long tensors, the columns of a row's tokens in the flattened batch [B * Q].
+    """
+    groups = neighbours(rows, group)
+    packed = [radix([rows[i] for i in g], [limits[i] for i in g]) for g in groups]
+    batch, starts = tree_batch([segments for segments, _ in packed], pad, multiple=16)
+    width, columns = batch["input_ids"].shape[1], [None] * len(rows)
+    for b, (g, (segments, paths)) in enumerate(zip(groups, packed, strict=True)):
+        for i, path in zip(g, paths, strict=True):
+            own = [starts[b][s] + k for s in path for k in range(len(segments[s][0]))]
+            columns[i] = torch.tensor(own) + b * width
+    return batch, columns
+
+
 def share_prefixes(model, pad, group=None):
     """Make the forward pass that TRL trains with compute common beginnings once; same loss and gradients (issue 4).
 
@@ -179,17 +194,13 @@ def share_prefixes(model, pad, group=None):
         limits = [
             next((i for i, t in enumerate(row) if t != -100), n) - 1 for row, n in zip(targets, lengths, strict=True)
         ]
-        groups = neighbours(rows, group)
-        packed = [radix([rows[i] for i in g], [limits[i] for i in g]) for g in groups]
-        batch, starts = tree_batch([segments for segments, _ in packed], pad, multiple=16)
-        target = torch.full(batch["input_ids"].shape, -100)
+        batch, columns = pack_rows(rows, limits, pad, group)
+        target = torch.full((batch["input_ids"].numel(),), -100)
         source = torch.zeros(len(rows), input_ids.shape[1] - 1, dtype=torch.long)
-        for b, (g, (segments, paths)) in enumerate(zip(groups, packed, strict=True)):
-            for i, path in zip(g, paths, strict=True):
-                columns = [starts[b][s] + k for s in path for k in range(len(segments[s][0]))][:-1]
-                source[i, : len(columns)] = torch.tensor(columns) + b * target.shape[1]
-                own = slice(limits[i], len(columns))
-                target[b, columns[own]] = torch.tensor(targets[i][own.start + 1 : lengths[i]])
+        for i, own in enumerate(columns):
+            source[i, : len(own) - 1] = own[:-1]
+            target[own[limits[i] : -1]] = torch.tensor(targets[i][limits[i] + 1 : lengths[i]])
+        target = target.view(batch["input_ids"].shape)
         batch = {k: v.to(input_ids.device) for k, v in batch.items()}
         see = batch["attention_mask"]  # as what attention adds, since sdpa would turn it into that in every layer
         batch["attention_mask"] = torch.zeros(see.shape, dtype=model.dtype, device=see.device)
