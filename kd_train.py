@@ -155,6 +155,8 @@ def distribution_trainer(trainer, trie, args):
     from trees import pack_prompts
 
     class Distribution(trainer):
+        needs_trees = True
+
         def __init__(self, *a, **kw):
             pad = kw["processing_class"].pad_token_id
 
