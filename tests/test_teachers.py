@@ -439,20 +439,24 @@ def divergence(teacher, model, rows):
     return torch.cat(found).mean().item()
 
 
-def test_token_level_training_moves_the_student_to_its_teacher(run, tiny, teacher, jsonl, tmp_path):
+def test_token_level_training_moves_the_student_to_its_teacher(run, tiny, tiny_adapter, jsonl, tmp_path):
+    model, tokenizer = load_model(tiny, "fp32")
+    model.model.norm.weight.data.fill_(25)  # as it is, all tokens are about as likely and there is nothing to learn
+    student = tmp_path / "student"
+    model.save_pretrained(student)
+    tokenizer.save_pretrained(student)
+    teacher = tiny_adapter("token teacher", base=student)
     data = jsonl("notes_kd.jsonl", texts(60))
-    more = {"teacher": teacher, "max_steps": 60, "batch_size": 16, "micro_batch": 8, "lr": 0.02, "eval_steps": 30}
-    done = run("kd_train.py", *flags(tiny, data, tmp_path / "a", **more, top_k=64))
+    more = {"teacher": teacher, "max_steps": 60, "batch_size": 16, "micro_batch": 8, "lr": 0.01, "eval_steps": 30}
+    done = run("kd_train.py", *flags(student, data, tmp_path / "a", **more))
     assert done.returncode == 0, done.stderr[-2000:]
     record = json.loads((tmp_path / "a" / "run.json").read_text())
-    assert record["loss"] == "token distribution" and record["teacher_tokens"]["top_k"] == 64
+    assert record["loss"] == "token distribution" and record["teacher_tokens"]["top_k"] == 32
     assert "bytes a token" in done.stdout and "of the probability" in done.stdout
-    rows, _ = encode(base_config(tiny)[2], texts(60), 200, "input", "teacher_output")
-    of = [load_model(x, "fp32")[0] for x in (teacher, tiny, tmp_path / "a")]
+    rows, _ = encode(tokenizer, texts(60), 200, "input", "teacher_output")
+    of = [load_model(x, "fp32")[0] for x in (teacher, student, tmp_path / "a")]
     before, after = divergence(of[0], of[1], rows[:20]), divergence(of[0], of[2], rows[:20])
-    assert after < 0.7 * before, (before, after)
-    refused = run("kd_train.py", *flags(tiny, data, tmp_path / "b", **more, top_k=49152))
-    assert refused.returncode == 2 and "--top_k 49152: expected fewer" in refused.stderr
+    assert after < 0.5 * before, (before, after)
 
 
 def test_a_local_teacher_writes_what_is_missing_and_a_killed_top_k_pass_is_resumed(run, tiny, teacher, tmp_path):
