@@ -90,6 +90,8 @@ def identity(args):
     """What a cache depends on: the teacher by name and, where it is a folder, by its files; a retrained one is new."""
     if is_endpoint(args.teacher):
         return [args.teacher, args.teacher_model]
+    from huggingface_hub import try_to_load_from_cache
+
     names, state = [args.teacher], []
     if (Path(args.teacher) / "adapter_config.json").is_file():
         names.append(adapter_base(args.teacher))
@@ -98,7 +100,7 @@ def identity(args):
             files = sorted(p for p in Path(name).iterdir() if p.suffix in (".safetensors", ".json", ".jinja"))
             state += [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
         else:
-            state.append(base_config(name)[1]._commit_hash)
+            state.append(try_to_load_from_cache(name, "config.json"))  # a hub id: its path has the commit
     return [names, args.precision, state]
 
 
