@@ -332,13 +332,9 @@ def choose_precision(config, precision="auto"):
     return ("nf4", "a large model on a CPU") if large else ("fp32", "CPU: bf16 is emulated on many")
 
 
-def load_base(name, precision="auto"):
-    """(model, tokenizer) of a hub id, a local folder or the embedded student, in eval mode, attention through sdpa.
-
-    precision: auto, nf4 (QLoRA: double quantisation, bf16 compute), bf16 or fp32.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+def base_config(name):
+    """(path, config, tokenizer) of what load_base takes, without its weights; UserError when there is no such model."""
+    from transformers import AutoConfig, AutoTokenizer
 
     path = embedded_student() if name == EMBEDDED else name
     try:
@@ -352,6 +348,18 @@ def load_base(name, precision="auto"):
         ) from None
     if tokenizer.chat_template is None:
         raise UserError(f"{name}: the tokenizer has no chat template; expected an instruction-tuned model")
+    return path, config, tokenizer
+
+
+def load_base(name, precision="auto"):
+    """(model, tokenizer) of a hub id, a local folder or the embedded student, in eval mode, attention through sdpa.
+
+    precision: auto, nf4 (QLoRA: double quantisation, bf16 compute), bf16 or fp32.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    path, config, tokenizer = base_config(name)
     precision, why = choose_precision(config, precision)
     print(f"{name}: {precision} on {device()} ({why})", file=sys.stderr)
     kwargs = {"dtype": torch.float32 if precision == "fp32" else torch.bfloat16, "attn_implementation": "sdpa"}

@@ -198,20 +198,25 @@ SAME = (
     "init_adapter",
     "alpha",
     "beta",
+    "teacher",
+    "teacher_model",
+    "temperature",
+    "top_k",
 )
 
 
-def start_run(args, route):
+def start_run(args, route, write=True):
     """Look before anything is overwritten or computed: the folder, and what --resume_from_checkpoint names.
 
     A resumed run must be the same run: other rows would go unseen by the evaluation's overlap check.
+    write=False only looks, for a stage that computes something long before its run starts.
     """
     now = {"route": route, "student": args.student, "data_sha256": file_sha256(args.data)}
     now |= {k: str(v) for k, v in vars(args).items() if k in SAME}
     if not args.resume_from_checkpoint:
         if list(Path(args.save_dir).glob("checkpoint-*")):
             raise UserError(f"{args.save_dir}: an unfinished run; expected --resume_from_checkpoint last")
-        if int(os.environ.get("RANK", 0)) == 0:
+        if write and int(os.environ.get("RANK", 0)) == 0:
             write_json(Path(args.save_dir) / "run.json", {"status": "started", "same": now, **run_record(args)})
         return
     if args.resume_from_checkpoint == "last":

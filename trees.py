@@ -143,6 +143,23 @@ def pack_prompts(prompts, trie, pad, group=20):
     return batch | {"label_logits_at": (keep.cumsum(0) - 1)[at]}
 
 
+def pack_rows(rows, limits, pad, group=20):
+    """Token rows as trees of at most `group` rows: (model inputs of tree_batch, where each row's tokens stand).
+
+    limits as radix. The second: N long tensors, the columns of a row's tokens in the flattened batch [B * Q].
+    """
+    order = sorted(range(len(rows)), key=rows.__getitem__)  # neighbours share most
+    groups = [order[i : i + group] for i in range(0, len(order), group)]
+    packed = [radix([rows[i] for i in g], [limits[i] for i in g]) for g in groups]
+    batch, starts = tree_batch([segments for segments, _ in packed], pad)
+    width, columns = batch["input_ids"].shape[1], [None] * len(rows)
+    for b, (g, (segments, paths)) in enumerate(zip(groups, packed, strict=True)):
+        for i, path in zip(g, paths, strict=True):
+            own = [starts[b][s] + k for s in path for k in range(len(segments[s][0]))]
+            columns[i] = torch.tensor(own) + b * width
+    return batch, columns
+
+
 def share_prefixes(model, pad, group=20):
     """Make the forward pass that TRL trains with compute common beginnings once; same loss and gradients (issue 4).
 
@@ -163,18 +180,13 @@ def share_prefixes(model, pad, group=20):
         limits = [
             next((i for i, t in enumerate(row) if t != -100), n) - 1 for row, n in zip(targets, lengths, strict=True)
         ]
-        order = sorted(range(len(rows)), key=rows.__getitem__)  # neighbours share most
-        groups = [order[i : i + group] for i in range(0, len(order), group)]
-        packed = [radix([rows[i] for i in g], [limits[i] for i in g]) for g in groups]
-        batch, starts = tree_batch([segments for segments, _ in packed], pad)
-        target = torch.full(batch["input_ids"].shape, -100)
+        batch, columns = pack_rows(rows, limits, pad, group)
+        target = torch.full((batch["input_ids"].numel(),), -100)
         source = torch.zeros(len(rows), input_ids.shape[1] - 1, dtype=torch.long)
-        for b, (g, (segments, paths)) in enumerate(zip(groups, packed, strict=True)):
-            for i, path in zip(g, paths, strict=True):
-                columns = [starts[b][s] + k for s in path for k in range(len(segments[s][0]))][:-1]
-                source[i, : len(columns)] = torch.tensor(columns) + b * target.shape[1]
-                own = slice(limits[i], len(columns))
-                target[b, columns[own]] = torch.tensor(targets[i][own.start + 1 : lengths[i]])
+        for i, own in enumerate(columns):
+            source[i, : len(own) - 1] = own[:-1]
+            target[own[limits[i] : -1]] = torch.tensor(targets[i][limits[i] + 1 : lengths[i]])
+        target = target.view(batch["input_ids"].shape)
         batch = {k: v.to(input_ids.device) for k, v in batch.items()}
         target, source, mask = target.to(labels.device), source.to(labels.device), labels[:, 1:] != -100
         if input_ids.device.type == "cpu":  # TRL's head computes the trained positions only on a GPU
