@@ -47,6 +47,7 @@ def main(args):
     reference = f"a frozen copy of {args.init_adapter}" if args.init_adapter else f"{args.student} with the adapter off"
     print(f"reference: {reference}, log-probs computed once")
 
+    import torch
     from trl import DPOConfig, DPOTrainer
 
     options = training_arguments(args, model, train, dev) | {
@@ -54,7 +55,7 @@ def main(args):
         "loss_type": ["sigmoid", "sft"] if args.sft_weight else ["sigmoid"],
         "loss_weights": [1.0, args.sft_weight] if args.sft_weight else None,
         "precompute_ref_log_probs": True,
-        "precompute_ref_batch_size": 8,  # before any micro-batch has been fitted
+        "precompute_ref_batch_size": 64 if torch.cuda.is_available() else 8,  # no gradients, so little memory
         "max_length": None,
     }
     if task:  # a margin says less than what is served

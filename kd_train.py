@@ -4,25 +4,17 @@
     python kd_train.py --student smollm2-135m --data data/creditmix_kd.jsonl --save_dir runs/try --max_steps 20  # CPU
 
 Rows {"input", "teacher_output"} are trained on as text (sequence KD). Where rows of a label task carry "teacher_probs",
-the loss is on the label distribution itself, through the scores that inference ranks by. For rows of a label task that
-have no teacher_output, --teacher is a model, scored as in inference, or gradient-boosting on the rows' own fields.
+the loss is on the label distribution itself, through the scores that inference ranks by. --teacher answers rows without
+teacher_output: a model (scored as in inference for a label task, greedy text else), gradient-boosting on the rows' own
+fields, or an OpenAI-compatible endpoint. With a model as the teacher of free text, the loss is on its distribution over
+every token of the answers, given or its own: the top-k log-probs are kept on disk and the two never share the memory.
 """
 
 import argparse
-import gc
 
-import numpy as np
-
-from common import (
-    Calibration,
-    LabelScorer,
-    UserError,
-    cli,
-    label_classes,
-    label_trie,
-    load_model,
-    positive,
-)
+from common import UserError, base_config, cli, label_trie, positive
+from teacher_topk import TopK
+from teachers import by_tokens, check, teach
 from training import (
     add_arguments,
     dataset,
@@ -44,33 +36,46 @@ def main(args):
     rows, task = read_training_rows(args, {"input": str}, "teacher_output", optional)
     if task is None and any(r.get("teacher_probs") for r in rows):
         raise UserError(f"{args.data}: rows have teacher_probs but there is no task file; expected --task")
-    untaught = [(i, r) for i, r in enumerate(rows, 1) if not r.get("teacher_output")]
-    if untaught and not (args.teacher and task):
-        where = f"{args.data}: row {untaught[0][0]}: field 'teacher_output' is missing"
-        raise UserError(f"{where}; expected one, or a label task and --teacher")
-    if untaught:
-        teach(args, [r for _, r in untaught], task)
+    untaught = [i for i, r in enumerate(rows, 1) if not r.get("teacher_output")]
+    if untaught and not args.teacher:
+        raise UserError(
+            f"{args.data}: row {untaught[0]}: field 'teacher_output' is missing; expected one, or --teacher"
+        )
+    if task and any(r.get("teacher_probs") for r in rows):
+        add_distributions(args.data, rows, task)
+    if args.teacher:
+        check(args, task)
+    start_run(args, "kd", write=False)
+    tokenizer = base_config(args.student)[2]
+    rows, untaught = teach(args, rows, task, tokenizer) if args.teacher else (rows, {})
     by_distribution = task is not None and any(r.get("teacher_probs") for r in rows)
     if by_distribution:
         add_distributions(args.data, rows, task)
-    start_run(args, "kd")
     train, dev = split_for(args, rows)
-    model, tokenizer = load_student(args, train)
     train, dropped = encode(tokenizer, train, args.max_len, "input", "teacher_output")
     dev, _ = encode(tokenizer, dev, args.max_len, "input", "teacher_output")
     told = describe(tokenizer, train, dropped)
+    told["rows_untaught"] = untaught
+    top_k = TopK(args, tokenizer, train + dev) if by_tokens(args, task) else None
+    start_run(args, "kd")
+    model, tokenizer = load_student(args, train)
 
     from trl import SFTConfig, SFTTrainer
 
     kind = trainer_class(SFTTrainer, task, dev)
-    columns = ["input_ids", "labels"]
+    loss, columns = "sequence", ["input_ids", "labels"]
     options = training_arguments(args, model, train, dev)
     if by_distribution:
-        print(f"loss: label distribution, temperature {args.temperature}, gold share {args.alpha}")
+        loss, columns = "label distribution", ["prompt_ids", "teacher", "gold"]
         kind = distribution_trainer(kind, label_trie(tokenizer, task.labels), args)
         for row in train + dev:
             row["prompt_ids"] = row["input_ids"][: row["labels"].count(-100)]
-        columns = ["prompt_ids", "teacher", "gold"]
+    elif top_k:
+        loss, columns = "token distribution", ["input_ids", "labels", "row"]
+        kind = token_trainer(kind, top_k, args)
+        told["teacher_tokens"] = top_k.record
+    if loss != "sequence":
+        print(f"loss: {loss}, temperature {args.temperature}, share of the given label or token {args.alpha}")
         options |= {"remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
     trainer = kind(
         model=lora(model, args),
@@ -79,39 +84,8 @@ def main(args):
         eval_dataset=dataset(dev, *columns),
         processing_class=tokenizer,
     )
-    loss = "label distribution" if by_distribution else "sequence"
     record = {"route": "kd", **told, "teacher": args.teacher, "loss": loss}
     run_training(trainer, args, task, dev, record, [r["input"] for r in train])
-
-
-def teach(args, rows, task):
-    """Give each row "teacher_probs" and "teacher_output" by args.teacher, which is gone before the student loads."""
-    import torch
-
-    if args.teacher == "gradient-boosting":
-        from creditmix_prepare import customer, out_of_fold
-
-        before, behind = task.template.split("{input}")
-        if not all(r.get("output") for r in rows):
-            raise UserError(f"{args.data}: --teacher gradient-boosting learns from field 'output'; a row has none")
-        label_classes(args.data, rows, "output", task)
-        texts = [r["input"].removeprefix(before).removesuffix(behind) for r in rows]
-        own = zip(rows, texts, strict=True)
-        fields = [{"question": t, "answer": r["output"], "group": r.get("group") or customer(t)} for r, t in own]
-        probs = out_of_fold(fields, task.labels, args.seed)  # no row is taught by a model that saw its customer
-    else:
-        model, tokenizer = load_model(args.teacher, args.precision)
-        scorer = LabelScorer(model, tokenizer, task.labels, task.null_prompts())
-        raw = scorer.score([r["input"] for r in rows], progress=True)
-        scores = Calibration.load(args.teacher, task)(raw, scorer.prior(task))
-        probs = np.exp(scores - np.logaddexp.reduce(scores, axis=1, keepdims=True))
-        del model, scorer  # teacher and student never share the memory
-        gc.collect()
-        torch.cuda.empty_cache()
-    for row, p in zip(rows, probs, strict=True):
-        row["teacher_probs"] = dict(zip(task.labels, map(float, p), strict=True))
-        row["teacher_output"] = task.labels[int(np.argmax(p))]
-    print(f"{args.teacher} taught {len(rows)} rows")
 
 
 def add_distributions(path, rows, task):
@@ -120,6 +94,8 @@ def add_distributions(path, rows, task):
     Error: UserError naming the row whose probabilities are none.
     """
     for i, row in enumerate(rows, 1):
+        if not row.get("teacher_output"):
+            continue  # a teacher has yet to give it
         p = row.get("teacher_probs") or {row["teacher_output"]: 1.0}
         place = f"{path}: row {i}: field 'teacher_probs'"
         if set(p) - set(task.labels):
@@ -176,10 +152,90 @@ def distribution_trainer(trainer, trie, args):
     return Distribution
 
 
+def token_loss(logits, target, ids, teacher, temperature, alpha):
+    """Sum over tokens of (1 - alpha) t^2 KL(teacher || student) + alpha cross-entropy with the text's own token.
+
+    logits [T, V], target [T] the text's tokens, ids [T, k] the teacher's most likely ones, teacher [T, k + 1] their
+    log-probs and behind them that of all others together. Those others are one more class for the student too, and the
+    temperature softens the k + 1 classes. Renormalising over the k instead would leave unpunished whatever the student
+    gives to the others.
+    """
+    import torch
+    from torch.nn.functional import kl_div
+
+    logits = logits.float()
+    total, own = logits.logsumexp(-1, keepdim=True), logits.gather(1, ids)
+    rest = logits.scatter(1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+    student = torch.log_softmax((torch.cat([own, rest], 1) - total) / temperature, -1)
+    soft = torch.log_softmax(teacher / temperature, -1)
+    distilled = kl_div(student, soft, reduction="none", log_target=True).sum(-1) * temperature**2
+    return ((1 - alpha) * distilled + alpha * (total - logits.gather(1, target[:, None]))[:, 0]).sum()
+
+
+def pack_tokens(rows, top_k, pad):
+    """One micro-batch: packed model inputs, and target, top_ids, top_logp for token_loss in the order of the logits.
+
+    rows: {"input_ids", "labels", "row"}; top_k[row]: (ids, logp) of that row's trained tokens (TopK).
+    """
+    import torch
+
+    from trees import pack_rows
+
+    ids, first = [r["input_ids"] for r in rows], [r["labels"].count(-100) for r in rows]
+    batch, columns = pack_rows(ids, [n - 1 for n in first], pad)
+    at = torch.cat([own[n - 1 : -1] for own, n in zip(columns, first, strict=True)])
+    target = torch.cat([torch.tensor(row[n:]) for row, n in zip(ids, first, strict=True)])
+    top_ids, logp = map(torch.cat, zip(*(top_k[r["row"]] for r in rows), strict=True))
+    keep = torch.zeros(batch["input_ids"].numel(), dtype=torch.bool)
+    keep[at] = True
+    order = at.argsort()
+    batch["logits_to_keep"] = keep.view(batch["input_ids"].shape)
+    return batch | {"target": target[order], "top_ids": top_ids[order], "top_logp": logp[order]}
+
+
+def token_trainer(trainer, top_k, args):
+    """The trainer with the loss on the teacher's top-k; logits only at trained tokens, common beginnings once."""
+    from torch.utils.checkpoint import checkpoint
+
+    class Tokens(trainer):
+        needs_trees = True
+
+        def __init__(self, *a, **kw):
+            pad = kw["processing_class"].pad_token_id
+
+            def collate(rows):
+                batch = pack_tokens(rows, top_k, pad)
+                # under these names the Trainer counts the tokens of a step
+                return batch | {"labels": batch["target"], "shift_labels": batch["target"]}
+
+            super().__init__(*a, data_collator=collate, **kw)
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            told = [inputs.pop(k) for k in ("labels", "shift_labels", "target", "top_ids", "top_logp")][2:]
+            logits = model(**inputs, use_cache=False).logits.flatten(0, -2)
+            loss, at = 0, (args.temperature, args.alpha)
+            for part in zip(*(x.split(256) for x in (logits, *told)), strict=True):
+                # the 32-bit copies of a part are made again on the way back: all of them at once are too large
+                loss = loss + checkpoint(token_loss, *part, *at, use_reentrant=False)
+            if num_items_in_batch is None:
+                return loss / len(logits)
+            ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            return loss * ranks / num_items_in_batch
+
+    return Tokens
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, "data/creditmix_kd.jsonl", "runs/creditmix_kd", 2e-4)
-    parser.add_argument("--teacher", help="model folder, hub id or gradient-boosting, for rows without teacher_output")
+    parser.add_argument("--teacher", help="model, adapter, gradient-boosting or http://host/v1, see above")
+    parser.add_argument("--teacher_model", help="the model's name at an http teacher; its key: OPENAI_API_KEY")
+    parser.add_argument(
+        "--teacher_timeout", type=positive(float), default=120.0, help="seconds an answer (default: 120)"
+    )
+    parser.add_argument(
+        "--top_k", type=positive(int), default=32, help="teacher's tokens kept for free text (default: 32)"
+    )
     parser.add_argument("--temperature", type=positive(float), default=1.0, help="softens both (default: 1)")
-    parser.add_argument("--alpha", type=float, default=0.0, help="share of the gold label in the loss (default: 0)")
+    parser.add_argument("--alpha", type=float, default=0.0, help="share of gold label or given token (default: 0)")
     cli(main, parser.parse_args())

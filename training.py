@@ -228,7 +228,7 @@ def trainer_class(trainer, task, dev):
             if not why:
                 share_prefixes(base, self.processing_class.pad_token_id)
             elif self.needs_trees:
-                raise UserError(f"label distributions need a tree mask, but {why}; expected rows without teacher_probs")
+                raise UserError(f"a teacher's distribution needs a tree mask, but {why}; expected teacher_output alone")
             else:
                 print(f"each row by itself, common beginnings computed again: {why}")
 

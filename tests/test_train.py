@@ -118,6 +118,11 @@ def test_stopped_and_resumed_is_the_run_that_was_not_stopped(run, tiny, data, tm
     assert refused.returncode == 2 and "an unfinished run; expected --resume_from_checkpoint last" in refused.stderr
     other = run("dpo_train.py", *options(tiny, data, "dpo", tmp_path / "parts"), "--resume_from_checkpoint", "last")
     assert other.returncode == 2 and "field 'route' of its run.json is 'sft'; expected 'dpo'" in other.stderr
+    base = run(
+        "sft_train.py",
+        *options("another", data, "sft", tmp_path / "parts", max_steps=40, resume_from_checkpoint="last"),
+    )
+    assert base.returncode == 2 and f"field 'student' of its run.json is '{tiny}'; expected 'another'" in base.stderr
     more = run(
         "sft_train.py",
         *options(tiny, data, "sft", tmp_path / "parts", max_steps=50),
@@ -164,9 +169,23 @@ def test_bad_rows_stop_a_trainer_before_it_loads(run, tiny, jsonl, task, tmp_pat
     assert done.stderr.count("\n") == 1 and not (tmp_path / "a").exists()
 
 
-def test_rows_that_are_all_too_long_and_an_unknown_student(run, tiny, data, tmp_path):
-    done = run("sft_train.py", *options(tiny, data, "sft", tmp_path / "a", max_len=20))
+@pytest.mark.parametrize("route", ["sft", "kd", "dpo"])
+def test_rows_over_max_len_are_dropped_and_counted(run, tiny, data, jsonl, task, tmp_path, route):
+    done = run(f"{route}_train.py", *options(tiny, data, route, tmp_path / "a", max_len=20))
     assert done.returncode == 2 and "are longer than --max_len 20; the shortest has" in done.stderr
+    rows = [json.loads(line) for line in (data / f"creditmix_{route}.jsonl").read_text().splitlines()]
+    for row in rows[:10]:
+        row["prompt" if route == "dpo" else "input"] += " and so on" * 200
+    jsonl(f"creditmix_{route}.jsonl", rows)
+    task.save(tmp_path / "creditmix_task.json")
+    done = run(f"{route}_train.py", *options(tiny, tmp_path, route, tmp_path / "a", max_len=200, max_steps=20))
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads((tmp_path / "a" / "run.json").read_text())
+    dropped = record["rows_dropped"]["longer than 200 tokens"]
+    assert 5 <= dropped <= 10 and record["rows"] + dropped > 90 and f"dropped: {record['rows_dropped']}" in done.stdout
+
+
+def test_an_unknown_student(run, tiny, data, tmp_path):
     done = run("sft_train.py", *options("nobody/nothing", data, "sft", tmp_path / "b"))
     assert done.returncode == 2 and "error: nobody/nothing: neither a model folder nor" in done.stderr
     assert not list(tmp_path.glob("*/adapter_*"))

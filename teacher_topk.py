@@ -1,0 +1,149 @@
+"""A teacher's top-k log-probs at the trained tokens of free text, on disk: what token-level KD learns from.
+
+One pass of the teacher in shards that are kept (a killed run computes the rest), then the teacher is freed and the
+student's weights load: the two never share the memory.
+"""
+
+import json
+import sys
+from functools import cache
+
+import numpy as np
+
+from common import UserError, atomic_write, completion_ids, load_model, prompt_ids, sha256
+from teachers import cache_folder, free, identity, one_process, shared_vocabulary
+
+SHARD = 64  # rows: what a kill may cost
+
+
+class TopK:
+    """The teacher's k most likely tokens at every trained position, computed once and read from disk row by row.
+
+    A shard is a safetensors file of SHARD rows: ids [T, k] in 16 bits where the vocabulary allows, and logp [T, k + 1]
+    in float16, the last one being all other tokens together. Its name is a hash of teacher, k and the rows themselves,
+    so another teacher or another text never finds it, and a longer run finds what a shorter one has computed.
+    """
+
+    def __init__(self, args, tokenizer, rows):
+        """rows: as encode() gives them. Computes the shards that are not there; the teacher is freed before return."""
+        self.size, self.k = shared_vocabulary(args.teacher, args.student), args.top_k
+        if self.k >= self.size:
+            raise UserError(f"--top_k {self.k}: expected fewer than the {self.size} tokens of the vocabulary")
+        folder, who = cache_folder(args), identity(args)
+        for i, row in enumerate(rows):
+            row["row"] = i
+        self.shards = [rows[i : i + SHARD] for i in range(0, len(rows), SHARD)]
+        self.counts = [[len(r["labels"]) - r["labels"].count(-100) for r in shard] for shard in self.shards]
+        texts = [
+            [[r["input"], r["input_ids"][-n:]] for r, n in zip(*x, strict=True)]
+            for x in zip(self.shards, self.counts, strict=True)
+        ]
+        names = [sha256(json.dumps([who, self.k, self.size, text]))[:16] for text in texts]
+        self.paths = [folder / f"topk-{name}.safetensors" for name in names]
+        todo = [i for i, path in enumerate(self.paths) if not path.is_file()]
+        if todo:
+            one_process(f"--teacher {args.teacher}")
+            self._compute(args, tokenizer, todo)
+        tokens = sum(map(sum, self.counts))
+        kept = sum(float(opened(path).metadata()["kept"]) for path in self.paths)
+        self.record = {
+            "top_k": self.k,
+            "tokens": tokens,
+            "bytes_a_token": round(sum(p.stat().st_size for p in self.paths) / tokens, 1),
+            "kept_mass": round(kept / tokens, 5),
+            "shards_computed": len(todo),
+        }
+        print(
+            f"{args.teacher}: top {self.k} at {tokens} tokens in {folder}: {self.record['bytes_a_token']} bytes a "
+            f"token, {self.record['kept_mass']:.2%} of the probability; {len(todo)} of {len(self.paths)} shards new"
+        )
+
+    def _compute(self, args, tokenizer, todo):
+        from tqdm import tqdm
+
+        model, own = load_model(args.teacher, args.precision)
+        bar = tqdm(total=sum(sum(self.counts[i]) for i in todo), desc="teacher", unit="token", file=sys.stderr)
+        for i in todo:
+            save_shard(self.paths[i], model, encoded_for(own, tokenizer, args, self.shards[i]), self.size, self.k)
+            bar.update(sum(self.counts[i]))
+        bar.close()
+        del model
+        free()
+
+    def __getitem__(self, row):
+        """(ids [T, k] long, logp [T, k + 1] float) of row number row["row"]."""
+        import torch
+
+        shard, at = divmod(row, SHARD)
+        start = sum(self.counts[shard][:at])
+        rows = slice(start, start + self.counts[shard][at])
+        f = opened(self.paths[shard])
+        ids, logp = (f.get_slice(name)[rows] for name in ("ids", "logp"))
+        return torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(logp.astype(np.float32))
+
+
+@cache
+def opened(path):
+    from safetensors import safe_open
+
+    return safe_open(path, "np")  # mapped: only what a batch reads is in memory
+
+
+def encoded_for(own, tokenizer, args, rows):
+    """(prompt ids, completion ids) of rows for the teacher: its own chat template, the student's completion.
+
+    Error: UserError where the two templates end a turn with different tokens.
+    """
+    prompts, outputs = [r["input"] for r in rows], [r["teacher_output"] for r in rows]
+    answers = completion_ids(own, prompts, outputs)
+    if answers != completion_ids(tokenizer, prompts, outputs):
+        raise UserError(f"{args.teacher}: its chat template writes an answer with other tokens than {args.student}'s")
+    return list(zip(prompt_ids(own, prompts), answers, strict=True))
+
+
+def save_shard(path, model, rows, size, k):
+    """Write the teacher's k most likely tokens, and the rest in one, at each completion token of rows.
+
+    rows: (prompt ids, completion ids); size: the ids that the student has too, the others being padding.
+    """
+    import torch
+    from safetensors.numpy import save
+
+    ids, logp = [], []
+    for batch in token_batches(rows, 1024 if model.device.type == "cpu" else 2048):
+        width = max(len(p) + len(a) for p, a in batch)
+        tokens, seen = (torch.zeros(len(batch), width, dtype=torch.long) for _ in range(2))
+        keep = torch.zeros(len(batch), width, dtype=torch.bool)
+        for b, (p, a) in enumerate(batch):
+            tokens[b, : len(p) + len(a)] = torch.tensor(p + a)
+            seen[b, : len(p) + len(a)] = 1
+            keep[b, len(p) - 1 : len(p) + len(a) - 1] = True  # the token in front of each predicts it
+        tokens, seen, keep = (x.to(model.device) for x in (tokens, seen, keep))
+        with torch.inference_mode():
+            out = model(input_ids=tokens, attention_mask=seen, logits_to_keep=keep, use_cache=False).logits
+            for part in out.view(-1, out.shape[-1])[:, :size].split(256):
+                logs = part.float().log_softmax(-1)
+                top = logs.topk(k, -1)
+                rest = logs.scatter(1, top.indices, -torch.inf).logsumexp(-1, keepdim=True)
+                both = torch.cat([top.values, rest], 1).clamp(min=-60000)  # float16 ends there
+                if both.isnan().any():
+                    raise UserError(f"{model.config.name_or_path}: its log-probs are no numbers; expected --precision")
+                ids.append(top.indices.cpu().numpy().astype(np.uint16 if size <= 65536 else np.int32))
+                logp.append(both.half().cpu().numpy())
+    ids, logp = np.concatenate(ids), np.concatenate(logp)
+    kept = np.exp(logp[:, :-1].astype(np.float64)).sum()
+    with atomic_write(path, "wb") as f:
+        f.write(save({"ids": ids, "logp": logp}, metadata={"kept": repr(float(kept))}))
+
+
+def token_batches(rows, budget):
+    """Rows in order, as many at once as `budget` tokens with padding allow, at least one."""
+    batch, width = [], 0
+    for row in rows:
+        longest = max(width, len(row[0]) + len(row[1]))
+        if batch and longest * (len(batch) + 1) > budget:
+            yield batch
+            batch, longest = [], len(row[0]) + len(row[1])
+        batch, width = [*batch, row], longest
+    if batch:
+        yield batch
