@@ -29,7 +29,12 @@ class UserError(Exception):
 
 
 def cli(main, args):
-    """Run `main(args)` as a script does: a UserError or an operating-system error is one line and exit code 2."""
+    """Run `main(args)` as a script does: a UserError or an operating-system error is one line and exit code 2.
+
+    Of several processes (`accelerate launch`) the first one alone prints what is no error.
+    """
+    if int(os.environ.get("RANK", 0)):
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         return main(args)
     except UserError as e:

@@ -11,6 +11,7 @@ of the rows is refused. Intervals resample customers, since the months of one ar
 import argparse
 import functools
 import json
+import os
 import sys
 from collections import Counter
 from dataclasses import asdict
@@ -49,6 +50,8 @@ from creditmix_prepare import GradientBoosting, balance, read_raw
 
 
 def main(args):
+    if int(os.environ.get("RANK", 0)):  # under `accelerate launch` one process evaluates, since models are small
+        return
     out = args.out or Path("runs/reports") / datetime.now().strftime("%Y%m%d-%H%M%S")
     tasks = [Task.of(name, args.task) for name in args.model_dir]
     task = tasks[0]

@@ -201,6 +201,8 @@ def lora(model, args, init_adapter=None):
 def trainer_class(trainer, task, dev):
     """`trainer`, a TRL trainer, with what all routes add: shared prefixes, fused layers, fp32 adapters, accuracy."""
     import torch
+    from accelerate.utils import gather_object
+    from tqdm import tqdm
 
     from fused import fuse
     from trees import share_prefixes, why_no_trees
@@ -277,9 +279,20 @@ def trainer_class(trainer, task, dev):
                 self.current_gradient_accumulation_steps = accumulated
             return total
 
-        def _precompute_ref_logps(self, *args):  # DPO calls it before __init__ returns
+        def _precompute_ref_logps(self, dataset, name, batch_size):  # DPO calls it before __init__ returns
             self.share()
-            return super()._precompute_ref_logps(*args)
+            if self.args.world_size == 1:
+                return super()._precompute_ref_logps(dataset, name, batch_size)
+            # TRL leaves them in a file of the first process's own temporary folder, where no other finds them
+            rank, world, found = self.args.process_index, self.args.world_size, []
+            own = range(rank, len(dataset), world)
+            for part in tqdm([own[i : i + batch_size] for i in range(0, len(own), batch_size)], "reference log-probs"):
+                batch = self._prepare_inputs(self.data_collator([dataset[i] for i in part]))
+                chosen, rejected = self.compute_ref_log_probs(self.model, batch)
+                found += zip(part, chosen.tolist(), rejected.tolist(), strict=True)
+            found = sorted(gather_object(found))
+            dataset = dataset.add_column("ref_chosen_logps", [c for _, c, _ in found])
+            return dataset.add_column("ref_rejected_logps", [r for _, _, r in found])
 
         def evaluate(self, *args, metric_key_prefix="eval", **kwargs):
             metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)

@@ -1,0 +1,98 @@
+"""Two processes are the run of one: steps, rows, adapter, one report.
+
+`accelerate launch --num_processes 2` starts torch.distributed.run for GPUs; for CPUs it wants MPI, so the tests start
+that launcher themselves.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+# dropout is drawn in each process by itself, so it goes off; all else is the script as it is
+WITHOUT_DROPOUT = """
+import runpy, sys
+sys.path.insert(0, {root!r})
+import training
+plain = training.lora_config
+def without_dropout(*args):
+    config = plain(*args)
+    config.lora_dropout = 0.0
+    return config
+training.lora_config = without_dropout
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, task):
+    """Folder with creditmix_{sft,kd,dpo}.jsonl of 80 rows, the same rows as raw JSON, and the task."""
+    folder, rng = tmp_path_factory.mktemp("data"), random.Random(0)
+    task.save(folder / "creditmix_task.json")
+    rows, raw = {"sft": [], "kd": [], "dpo": []}, []
+    for i in range(80):
+        label, other = rng.sample(task.labels, 2)
+        fields = f"Age: {rng.randint(18, 60)}.0, Outstanding Debt: {i:03}.0"
+        raw.append({"question": fields, "answer": label, "group": f"c{i}"})
+        text, probs = task.prompt(fields), {name: 0.8 if name == label else 0.1 for name in task.labels}
+        rows["sft"].append({"input": text, "output": label})
+        rows["kd"].append({"input": text, "teacher_output": label, "teacher_probs": probs})
+        rows["dpo"].append({"prompt": text, "chosen": label, "rejected": other})
+    for route, own in rows.items():
+        (folder / f"creditmix_{route}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in own))
+    (folder / "raw.json").write_text(json.dumps(raw))
+    return folder
+
+
+def start(command, folder):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.mark.parametrize("route", ["sft", "kd", "dpo"])
+def test_two_processes_train_as_one(tiny, data, tmp_path, route):
+    script = tmp_path / "without_dropout.py"
+    script.write_text(WITHOUT_DROPOUT.format(root=str(ROOT)))
+    found = {}
+    for name, launch, micro in (("one", [sys.executable], 4), ("two", LAUNCH, 2)):
+        flags = {"student": tiny, "data": data / f"creditmix_{route}.jsonl", "save_dir": tmp_path / name}
+        flags |= {"max_steps": 3, "batch_size": 8, "micro_batch": micro, "lr": 0.003, "dev_rows": 4, "eval_steps": 3}
+        command = [*launch, str(script), str(ROOT / f"{route}_train.py")]
+        done = start([*command, *(str(x) for k, v in flags.items() for x in (f"--{k}", v))], tmp_path)
+        record = json.loads((tmp_path / name / "run.json").read_text())
+        weights = load_file(tmp_path / name / "adapter_model.safetensors")
+        rows = (tmp_path / name / "train_rows.txt").read_text()
+        found[name] = record, weights, rows, done.stdout
+    (one, expected, rows, _), (two, weights, same, said) = found["one"], found["two"]
+    assert said.count("adapter in ") == 1 and "3 steps of 2 x 2 accumulated x 2 processes" in said
+    assert rows == same and one["steps"] == two["steps"] == 3 and one["rows"] == two["rows"]
+    assert abs(one["train_loss"] - two["train_loss"]) < 1e-3
+    assert weights.keys() == expected.keys()
+    for name, w in expected.items():  # bf16 on disk
+        assert (w.float() - weights[name].float()).norm() < 0.02 * w.float().norm(), name
+
+
+def test_two_processes_refuse_a_batch_that_they_cannot_share(tiny, data, tmp_path):
+    flags = ["--student", tiny, "--data", data / "creditmix_sft.jsonl", "--save_dir", tmp_path / "a"]
+    command = [*LAUNCH, "sft_train.py", *map(str, flags), "--batch_size", "7", "--max_steps", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode != 0
+    assert "error: --batch_size 7: expected a multiple of the 2 processes" in done.stderr
+
+
+def test_two_processes_leave_one_report(tiny, data, tmp_path):
+    flags = ["--model_dir", tiny, "--data", data / "raw.json", "--task", data / "creditmix_task.json"]
+    done = start([*LAUNCH, "eval_creditmix.py", *map(str, flags), "--out", str(tmp_path / "report")], tmp_path)
+    assert done.stdout.count("held-out rows of") == 1 and done.stdout.count("report.json, predictions.jsonl") == 1
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["n"] == len((tmp_path / "report" / "predictions.jsonl").read_text().splitlines()) > 0
