@@ -11,12 +11,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from common import UserError, adapter_base, cli, label_classes, load_base
+from common import UserError, adapter_base, cli, label_classes
 from training import (
     add_arguments,
     dataset,
     describe,
     encode,
+    load_student,
     lora,
     lora_config,
     read_training_rows,
@@ -39,7 +40,7 @@ def main(args):
         raise UserError(f"{args.init_adapter}: trained on {adapter_base(args.init_adapter)}; expected {args.student}")
     train, dev = split_for(args, rows)
     start_run(args, "dpo")
-    model, tokenizer = load_base(args.student, args.precision)
+    model, tokenizer = load_student(args, train)
     train, dropped = pairs(tokenizer, train, args.max_len)
     dev, _ = pairs(tokenizer, dev, args.max_len)
     told = describe(tokenizer, train, dropped)

@@ -12,7 +12,7 @@ every token of the answers, given or its own: the top-k log-probs are kept on di
 
 import argparse
 
-from common import UserError, base_config, cli, label_trie, load_base, positive
+from common import UserError, base_config, cli, label_trie, positive
 from teacher_topk import TopK
 from teachers import by_tokens, check, teach
 from training import (
@@ -20,6 +20,7 @@ from training import (
     dataset,
     describe,
     encode,
+    load_student,
     lora,
     read_training_rows,
     run_training,
@@ -57,7 +58,7 @@ def main(args):
     told["rows_untaught"] = untaught
     top_k = TopK(args, tokenizer, train + dev) if by_tokens(args, task) else None
     start_run(args, "kd")
-    model, tokenizer = load_base(args.student, args.precision)
+    model, tokenizer = load_student(args, train)
 
     from trl import SFTConfig, SFTTrainer
 

@@ -7,12 +7,13 @@
 
 import argparse
 
-from common import cli, load_base
+from common import cli
 from training import (
     add_arguments,
     dataset,
     describe,
     encode,
+    load_student,
     lora,
     read_training_rows,
     run_training,
@@ -27,7 +28,7 @@ def main(args):
     rows, task = read_training_rows(args, {"input": str, "output": str}, answer="output")
     train, dev = split_for(args, rows)
     start_run(args, "sft")
-    model, tokenizer = load_base(args.student, args.precision)
+    model, tokenizer = load_student(args, train)
     train, dropped = encode(tokenizer, train, args.max_len, "input", "output")
     dev, _ = encode(tokenizer, dev, args.max_len, "input", "output")
     told = describe(tokenizer, train, dropped)

@@ -16,11 +16,15 @@ from common import (
     UserError,
     add_adapter,
     atomic_write,
+    base_config,
+    choose_precision,
     completion_ids,
     dev_split,
+    device,
     file_sha256,
     fit_and_save,
     label_classes,
+    load_base,
     log_loss,
     positive,
     prompt_ids,
@@ -31,6 +35,7 @@ from common import (
     unit_hash,
     write_json,
 )
+from trees import packed_shape
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -113,6 +118,56 @@ def dataset(rows, *columns):
 # The student
 
 
+def load_student(args, rows):
+    """(model, tokenizer) of args.student under --max_vram_gb; what a step is expected to take is told before loading.
+
+    Error: UserError where the weights alone are more than the cap.
+    """
+    cap = cap_memory(args)
+    _, config, tokenizer = base_config(args.student)
+    precision, _ = choose_precision(config, args.precision)
+    micro, _ = micro_batch(args)
+    gib, shape = expected_step(args, config, precision, longest_texts(tokenizer, rows, micro, args.max_len))
+    print(f"expected memory: about {gib:.1f} GiB ({micro} rows at once, as {shape[0]} trees of {shape[1]} tokens)")
+    weights = expected_memory(config, precision, (0, 0, 0), args.lora_r, True)
+    if cap and weights > cap:
+        raise UserError(
+            f"{args.student}: {weights:.1f} GiB of weights in {precision} under {cap:.1f} GiB; {smaller(precision)}"
+        )
+    return load_base(args.student, args.precision)
+
+
+def cap_memory(args):
+    """GiB that torch may reserve on this process's GPU: --max_vram_gb, else all of it; None on a CPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        if args.max_vram_gb:
+            print("--max_vram_gb: no GPU here, so there is nothing to cap")
+        return None
+    whole = torch.cuda.get_device_properties(device()).total_memory / 2**30
+    if args.max_vram_gb and args.max_vram_gb < whole:
+        torch.cuda.set_per_process_memory_fraction(args.max_vram_gb / whole, device())
+    return min(args.max_vram_gb or whole, whole)
+
+
+def smaller(precision):
+    flags = "--max_len, --lora_r or --student" + ("" if precision == "nf4" else ", or --precision nf4")
+    return f"expected a smaller {flags}"
+
+
+def longest_texts(tokenizer, rows, n, max_len):
+    """(token ids, number of trained ones) of what the n longest rows train on: a pair has two texts."""
+    fields = next(f for f in (["chosen", "rejected"], ["teacher_output"], ["output"]) if f[0] in rows[0])
+    rows = sorted(rows, key=lambda r: -len(r.get("input") or r["prompt"]) - len(r[fields[0]]))[: 4 * n]
+    prompts = [r.get("input") or r["prompt"] for r in rows]
+    answers = [completion_ids(tokenizer, prompts, [r[f] for r in rows]) for f in fields]
+    found = list(zip(prompt_ids(tokenizer, prompts), *answers, strict=True))
+    found = [(p, own) for p, *own in found if len(p) + max(map(len, own)) <= max_len][:n]
+    texts = [(p + a, len(a)) for p, own in found for a in own]
+    return [ids for ids, _ in texts], [trained for _, trained in texts]
+
+
 def lora_config(args):
     """An adapter on all linear layers of the student (QLoRA, arXiv 2305.14314)."""
     from peft import LoraConfig
@@ -134,17 +189,22 @@ def lora(model, args, init_adapter=None):
 
 
 def trainer_class(trainer, task, dev):
-    """`trainer`, a TRL trainer, with what all routes add: shared prefixes, fp32 adapters, accuracy by the scorer."""
+    """`trainer`, a TRL trainer, with what all routes add: shared prefixes, fused layers, fp32 adapters, accuracy."""
+    import torch
 
+    from fused import fuse
     from trees import share_prefixes
 
     class Student(trainer):
+        parts = 1  # of a micro-batch, one after the other; more after each out-of-memory error
+
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             self.share()
             trainable = [p for p in self.model.parameters() if p.requires_grad]
             for p in trainable:  # TRL casts them to bf16 on a quantised base, where small steps round to nothing
                 p.data = p.data.float()
+            fuse(self.model)
             n, total = sum(p.numel() for p in trainable), sum(p.numel() for p in self.model.parameters())
             print(f"trainable: {n:,} of {total:,} parameters ({n / total:.2%})")
 
@@ -153,6 +213,51 @@ def trainer_class(trainer, task, dev):
             if not hasattr(base, "shares_prefixes"):
                 share_prefixes(base, self.processing_class.pad_token_id)
                 base.shares_prefixes = True
+
+        def get_train_dataloader(self):  # a batch that does not fit is made again from its rows, in parts
+            collate = self.data_collator
+            self.data_collator = lambda rows: {**collate(rows), "rows": Rows(rows)}
+            try:
+                return super().get_train_dataloader()
+            finally:
+                self.data_collator = collate
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            rows = inputs.pop("rows").rows
+            if self.args.world_size > 1:  # ranks must stay in step with each other
+                return super().training_step(model, inputs, num_items_in_batch)
+            earlier = take_gradients(model)  # of this step's micro-batches so far
+            while True:
+                try:
+                    loss = self.in_parts(super().training_step, model, inputs, rows, num_items_in_batch)
+                    break
+                except torch.OutOfMemoryError:
+                    pass  # its traceback holds the tensors until here
+                take_gradients(model)
+                torch.cuda.empty_cache()
+                if self.parts >= len(rows):
+                    raise UserError(f"one row does not fit this GPU; {smaller(self.model.get_base_model().precision)}")
+                self.parts = min(2 * self.parts, len(rows))
+                at_once = -(-len(rows) // self.parts)
+                print(f"out of memory at step {self.state.global_step + 1}: {at_once} rows at once from here on")
+            for p, g in earlier:
+                p.grad = g if p.grad is None else p.grad.add_(g)
+            return loss
+
+        def in_parts(self, step, model, inputs, rows, num_items_in_batch):
+            """A micro-batch in self.parts parts, with the loss and gradients of the whole."""
+            if self.parts == 1:
+                return step(model, inputs, num_items_in_batch)
+            accumulated, total = self.current_gradient_accumulation_steps, 0
+            size = -(-len(rows) // self.parts)
+            try:
+                for part in (rows[i : i + size] for i in range(0, len(rows), size)):
+                    # a mean over rows counts as its share of them; a sum over num_items_in_batch tokens as it is
+                    self.current_gradient_accumulation_steps = accumulated * len(rows) / len(part)
+                    total = total + step(model, self.data_collator(part), num_items_in_batch)
+            finally:
+                self.current_gradient_accumulation_steps = accumulated
+            return total
 
         def _precompute_ref_logps(self, *args):  # DPO calls it before __init__ returns
             self.share()
@@ -169,6 +274,21 @@ def trainer_class(trainer, task, dev):
             return metrics
 
     return Student
+
+
+class Rows:
+    """Rows of a batch, in a wrapping that nothing between collator and trainer unpacks or moves."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+
+def take_gradients(model):
+    """Take the gradients off the parameters: [(parameter, gradient)]."""
+    found = [(p, p.grad) for p in model.parameters() if p.grad is not None]
+    for p, _ in found:
+        p.grad = None
+    return found
 
 
 def dev_scores(model, tokenizer, task, dev):
@@ -234,28 +354,34 @@ def start_run(args, route, write=True):
             raise UserError(f"{folder}: field '{name}' of its run.json is {before.get(name)!r}; expected {value!r}")
 
 
+def micro_batch(args):
+    """(rows at once on each GPU, times they are accumulated) before anything was tried.
+
+    Error: UserError where the processes cannot share the batch.
+    """
+    import torch
+
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    own, rest = divmod(args.batch_size, world)
+    if rest:
+        raise UserError(f"--batch_size {args.batch_size}: expected a multiple of the {world} processes")
+    most = min(args.micro_batch or (own if torch.cuda.is_available() else 8), own)
+    micro = next(m for m in range(most, 0, -1) if own % m == 0)  # so that the batch is what was asked
+    return micro, own // micro
+
+
 def training_arguments(args, model, rows, dev):
     """What TRL's three configs have in common. The effective batch is what was asked, whatever fits at once."""
     import torch
 
-    world = int(os.environ.get("WORLD_SIZE", 1))
     cuda, large = torch.cuda.is_available(), model.precision == "nf4"
-    own, rest = divmod(args.batch_size, world)
-    if rest:
-        raise UserError(f"--batch_size {args.batch_size}: expected a multiple of the {world} processes")
-    most = min(args.micro_batch or (own if cuda else 8), own)
-    micro = next(m for m in range(most, 0, -1) if own % m == 0)  # so that the batch is what was asked
-    accumulate = own // micro
+    micro, accumulate = micro_batch(args)
+    world = int(os.environ.get("WORLD_SIZE", 1))
     epoch = len(rows) / args.batch_size
     steps = args.max_steps if args.max_steps > 0 else max(1, int(args.epochs * epoch))
     every = args.eval_steps or max(1, steps // 8)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(args.save_dir) / "tensorboard")
     print(f"{steps} steps of {micro} x {accumulate} accumulated x {world} processes; evaluation every {every}")
-    tokens = min(args.max_len, max(len(r["input_ids"]) for r in rows))
-    gib = expected_memory(model, micro, tokens, args.lora_r)
-    print(
-        f"expected memory: at most about {gib:.1f} GiB ({micro} rows of {tokens} tokens; shared beginnings save some)"
-    )
     return {
         "output_dir": str(args.save_dir),
         "num_train_epochs": args.epochs,
@@ -302,18 +428,23 @@ def fit_micro_batch(trainer):
     if trainer.args.gradient_checkpointing:
         trainer.model.gradient_checkpointing_enable()  # as train() will
     asked = trainer.args.per_device_train_batch_size
-    fits = largest_fitting(step, asked)
+    trainable = [p for p in trainer.model.parameters() if p.requires_grad]
+    paged = "paged" in trainer.args.optim
+    moments = [] if paged else [torch.empty_like(p) for p in trainable for _ in range(2)]  # what Adam will hold
+    fits = largest_fitting(step, asked, smaller(trainer.model.get_base_model().precision))
+    del moments
     trainer.model.zero_grad(set_to_none=True)
     trainer._metrics["train"].clear()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
+    trainer.args.per_device_eval_batch_size = fits
     if fits < asked:
         trainer.args.per_device_train_batch_size = trainer._train_batch_size = fits
         trainer.args.gradient_accumulation_steps *= asked // fits
         print(f"{asked} rows at once do not fit this GPU: {fits}, accumulated {asked // fits} times as often")
 
 
-def largest_fitting(step, n):
+def largest_fitting(step, n, remedy):
     """The largest divisor of n for which step does not run out of memory, tried downwards; UserError when none is."""
     import torch
 
@@ -322,21 +453,57 @@ def largest_fitting(step, n):
             step(rows)
             return rows
         except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-    raise UserError("one row does not fit this GPU; expected a smaller --max_len, --precision nf4 or student")
+            pass  # its traceback holds the step's tensors until here
+        torch.cuda.empty_cache()
+    raise UserError(f"one row does not fit this GPU; {remedy}")
 
 
-def expected_memory(model, rows, tokens, lora_r):
-    """Rough GiB of a training step: weights, adapter with gradient and Adam state in fp32, activations in 16 bits.
+def expected_step(args, config, precision, texts):
+    """(GiB at the peak of a step on `texts`, its packed shape); texts: (token ids, number of trained ones)."""
+    shape = packed_shape(*texts) if texts[0] else (0, 0, 0)
+    return expected_memory(config, precision, shape, args.lora_r, precision == "nf4"), shape
 
-    The activation coefficients were fitted to the embedded student on an H100 (32 rows: 3.8 GiB, 64 rows: 6.9 GiB).
+
+def expected_memory(config, precision, shape, lora_r, checkpointing, kept=0):
+    """GiB that torch reserves at the peak of a training step, from the config alone.
+
+    shape: (trees or rows B, width L, trained tokens K) of a micro-batch (trees.packed_shape). kept: layers whose
+    activations are not recomputed. Not in it: the CUDA context (some 0.4 GiB) and a paged optimizer's state, which
+    torch does not allocate. The coefficients of the activations were fitted on tests/bench_train.py.
     """
-    c = model.config.get_text_config()
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    adapter = 16 * lora_r * c.num_hidden_layers * (11 * c.hidden_size + 3 * c.intermediate_size)
-    layer = 2 * (16 * c.hidden_size + 10 * c.intermediate_size)
-    kept = layer + 2 * c.hidden_size * c.num_hidden_layers if model.precision == "nf4" else layer * c.num_hidden_layers
-    return (weights + adapter + rows * tokens * kept) / 2**30
+    c = config.get_text_config()
+    hidden, inner, layers = c.hidden_size, c.intermediate_size, c.num_hidden_layers
+    head = getattr(c, "head_dim", None) or hidden // c.num_attention_heads
+    q, kv = c.num_attention_heads * head, c.num_key_value_heads * head
+    b, length, trained = shape
+    tokens = b * length
+    # 4 bits, a byte for each 64 of them, and 4 bytes for each 256 of those bytes: double quantisation
+    a_weight = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "bf16": 2, "fp32": 4}[precision]
+    wide = 4 if precision == "fp32" else 2
+    weights = a_weight * layers * (2 * hidden * q + 2 * hidden * kv + 3 * hidden * inner)
+    weights += wide * c.vocab_size * hidden * (1 if c.tie_word_embeddings else 2)
+    adapter = lora_r * layers * (6 * hidden + 2 * q + 2 * kv + 3 * (hidden + inner))
+    state = 8 if precision == "nf4" else 16  # weight and gradient in fp32; Adam's two moments are paged for nf4
+    layer = wide * tokens * (ACTIVATIONS["hidden"] * hidden + ACTIVATIONS["inner"] * inner)
+    boundaries = wide * tokens * hidden * layers if checkpointing else 0
+    live = layer * max(kept, 1) if checkpointing else layer * layers
+    passing = wide * tokens * (ACTIVATIONS["passing hidden"] * hidden + ACTIVATIONS["passing inner"] * inner)
+    if precision == "nf4":
+        passing += 2 * hidden * inner  # one matrix in 16 bits
+    mask = (1 + wide) * b * length * length
+    logits = trained * min(c.vocab_size, 32768) * wide + 8 * trained * hidden
+    return (weights + state * adapter + boundaries + live + passing + mask + logits) / 2**30
+
+
+# widths of a layer that are saved for its backward pass, in values of 16 bits a token, and what passes by meanwhile
+ACTIVATIONS = {"hidden": 17, "inner": 4.5, "passing hidden": 4, "passing inner": 4}
+
+
+def keep_activations(model, layers):
+    """Keep the activations of the last `layers` decoder layers: the backward pass frees them first."""
+    found = [m for m in model.modules() if hasattr(m, "gradient_checkpointing") and hasattr(m, "self_attn")]
+    for layer in found[len(found) - layers :]:
+        layer.gradient_checkpointing = False
 
 
 def run_training(trainer, args, task, dev, record, prompts):
@@ -372,7 +539,7 @@ def run_training(trainer, args, task, dev, record, prompts):
         )
         sys.exit(130)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    peak = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None
+    peak = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None  # what nvidia-smi shows
     record |= {
         "student": args.student,
         "precision": trainer.model.get_base_model().precision,
@@ -385,6 +552,7 @@ def run_training(trainer, args, task, dev, record, prompts):
         "seconds": round(seconds, 1),
         "samples_per_s": round(result.metrics["train_samples_per_second"], 2),
         "peak_gib": peak and round(peak, 2),
+        "rows_at_once": -(-trainer.args.per_device_train_batch_size // trainer.parts),
     }
     if trainer.is_world_process_zero():
         finish(trainer, args, task, dev, record, prompts)
@@ -482,6 +650,7 @@ def add_arguments(p, data, save_dir, lr):
     p.add_argument("--lr", type=positive(float), default=lr, help="peak learning rate (default: %(default)s)")
     p.add_argument("--batch_size", type=positive(int), default=16, help="of all GPUs together (default: 16)")
     p.add_argument("--micro_batch", type=positive(int), help="rows at once; default: the batch on a GPU, 8 on a CPU")
+    p.add_argument("--max_vram_gb", type=positive(float), help="GiB that tensors may take; default: the GPU's memory")
     p.add_argument("--lora_r", type=positive(int), default=16, help="adapter rank, alpha is twice that (default: 16)")
     p.add_argument("--max_len", type=positive(int), default=1024, help="longer rows are dropped (default: 1024)")
     p.add_argument("--dev_rows", type=positive(int), help="development rows; default: 1000 on a GPU, 100 on a CPU")

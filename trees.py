@@ -8,42 +8,44 @@ tree (LabelTrie), and so are the rows of a task behind their common head, or cho
 
 import functools
 
+import numpy as np
 import torch
 
+GROUP = 20  # rows a tree: more share more, but attention looks at all of a tree's tokens (tests/bench_train.py)
 
-def tree_batch(trees, pad, head=0):
+
+def tree_batch(trees, pad, head=0, multiple=1):
     """Token trees as one right-padded batch: each token sees its ancestors, and its position is its depth.
 
     trees: B lists of segments (token ids, parent): the ids follow the last token of segment number `parent`, an
-    earlier one, or begin the text (-1). head: length of a cached head before all of them.
+    earlier one, or begin the text (-1). head: length of a cached head before all of them. multiple: of which Q is one,
+    since GPU kernels copy a mask that is not aligned to 16.
     -> ({"input_ids" [B, Q], "position_ids" [B, Q], "attention_mask" [B, 1, Q, head + Q] bool}, starts), where
        starts[b][s] is the first column of segment s. Equal to separate rows: no segment sees a sibling.
     """
-    width = max(sum(len(ids) for ids, _ in tree) for tree in trees)
-    most = max(map(len, trees)) + 1
-    tokens = torch.full((len(trees), width), pad)
-    depth = torch.zeros(len(trees), width, dtype=torch.long)
-    segment = torch.full((len(trees), width), most - 1)  # the last number is padding, which sees itself
-    ancestor = torch.zeros(len(trees), most, most, dtype=torch.bool)
-    ancestor[:, -1, -1] = True
+    width = -max(sum(len(ids) for ids, _ in tree) for tree in trees) // multiple * -multiple
+    tokens, depth = np.full((len(trees), width), pad), np.zeros((len(trees), width), dtype=np.int64)
+    see = np.zeros((len(trees), 1, width, head + width), dtype=bool)
+    see[:, 0, :, :head] = True
+    see[:, 0, range(width), range(head, head + width)] = True  # padding sees itself: no row of the softmax is empty
     starts = []
     for b, tree in enumerate(trees):
-        at, starts_b, ends = 0, [], []
-        for s, (ids, parent) in enumerate(tree):
+        at, begins, ends, above = 0, [], [], []
+        for ids, parent in tree:
             n, begin = len(ids), ends[parent] if parent >= 0 else 0
-            tokens[b, at : at + n] = torch.tensor(ids)
-            depth[b, at : at + n] = torch.arange(begin, begin + n)
-            segment[b, at : at + n] = s
-            if parent >= 0:
-                ancestor[b, s] = ancestor[b, parent]
-            ancestor[b, s, s] = True
-            starts_b.append(at)
+            own = slice(at, at + n)
+            tokens[b, own], depth[b, own] = ids, range(begin, begin + n)
+            ancestors = [*above[parent], parent] if parent >= 0 else []
+            for s in ancestors:
+                see[b, 0, own, head + begins[s] : head + begins[s] + len(tree[s][0])] = True
+            see[b, 0, own, head + at : head + at + n] = np.tri(n, dtype=bool)
+            begins.append(at)
             ends.append(begin + n)
+            above.append(ancestors)
             at += n
-        starts.append(starts_b)
-    see = ancestor[torch.arange(len(trees))[:, None, None], segment[:, :, None], segment[:, None, :]].tril_()
-    see = torch.cat([torch.ones(len(trees), width, head, dtype=torch.bool), see], 2) if head else see
-    return {"input_ids": tokens, "position_ids": depth + head, "attention_mask": see[:, None]}, starts
+        starts.append(begins)
+    inputs = {"input_ids": tokens, "position_ids": depth + head, "attention_mask": see}
+    return {k: torch.from_numpy(v) for k, v in inputs.items()}, starts
 
 
 class LabelTrie:
@@ -114,14 +116,27 @@ def radix(rows, limits):
     return segments, paths
 
 
-def pack_prompts(prompts, trie, pad, group=20):
+def neighbours(rows, group=None):
+    """Numbers of the rows (token id lists) in groups of at most `group`, those that begin alike together."""
+    order, group = sorted(range(len(rows)), key=rows.__getitem__), group or GROUP
+    return [order[i : i + group] for i in range(0, len(order), group)]
+
+
+def packed_shape(rows, trained, group=None):
+    """(trees, width, trained tokens) of a micro-batch of token id lists whose last `trained[i]` ids are trained."""
+    trees = [
+        radix([rows[i] for i in g], [len(rows[i]) - trained[i] - 1 for i in g])[0] for g in neighbours(rows, group)
+    ]
+    return len(trees), max(sum(len(ids) for ids, _ in tree) for tree in trees), sum(trained)
+
+
+def pack_prompts(prompts, trie, pad, group=None):
     """Prompts that end in the same labels, packed for a training step: heads shared, the label trie behind each.
 
     prompts: N token id lists -> model inputs with logits_to_keep [B, Q] (bool), and label_logits_at [N, 1 + M]: which
     of the kept logits belong to prompt end and nodes of each prompt (LabelTrie.scores).
     """
-    order = sorted(range(len(prompts)), key=prompts.__getitem__)  # neighbours share most
-    groups = [order[i : i + group] for i in range(0, len(order), group)]
+    groups = neighbours(prompts, group)
     packed = []
     for g in groups:
         segments, paths = radix([prompts[i] for i in g], [len(prompts[i]) - 1 for i in g])
@@ -130,7 +145,7 @@ def pack_prompts(prompts, trie, pad, group=20):
             firsts.append(len(segments))
             segments += trie.behind(path[-1], len(segments))
         packed.append((segments, [path[-1] for path in paths], firsts))
-    batch, starts = tree_batch([segments for segments, _, _ in packed], pad)
+    batch, starts = tree_batch([segments for segments, _, _ in packed], pad, multiple=16)
     width = batch["input_ids"].shape[1]
     at = torch.zeros(len(prompts), 1 + len(trie.nodes), dtype=torch.long)
     for b, (g, (segments, lasts, firsts)) in enumerate(zip(groups, packed, strict=True)):
@@ -143,15 +158,14 @@ def pack_prompts(prompts, trie, pad, group=20):
     return batch | {"label_logits_at": (keep.cumsum(0) - 1)[at]}
 
 
-def pack_rows(rows, limits, pad, group=20):
+def pack_rows(rows, limits, pad, group=None):
     """Token rows as trees of at most `group` rows: (model inputs of tree_batch, where each row's tokens stand).
 
     limits as radix. The second: N long tensors, the columns of a row's tokens in the flattened batch [B * Q].
     """
-    order = sorted(range(len(rows)), key=rows.__getitem__)  # neighbours share most
-    groups = [order[i : i + group] for i in range(0, len(order), group)]
+    groups = neighbours(rows, group)
     packed = [radix([rows[i] for i in g], [limits[i] for i in g]) for g in groups]
-    batch, starts = tree_batch([segments for segments, _ in packed], pad)
+    batch, starts = tree_batch([segments for segments, _ in packed], pad, multiple=16)
     width, columns = batch["input_ids"].shape[1], [None] * len(rows)
     for b, (g, (segments, paths)) in enumerate(zip(groups, packed, strict=True)):
         for i, path in zip(g, paths, strict=True):
@@ -160,7 +174,7 @@ def pack_rows(rows, limits, pad, group=20):
     return batch, columns
 
 
-def share_prefixes(model, pad, group=20):
+def share_prefixes(model, pad, group=None):
     """Make the forward pass that TRL trains with compute common beginnings once; same loss and gradients (issue 4).
 
     TRL calls model(input_ids, attention_mask, labels, fused_lm_head=True) with N padded rows and reads per-token
@@ -188,6 +202,9 @@ def share_prefixes(model, pad, group=20):
             target[own[limits[i] : -1]] = torch.tensor(targets[i][limits[i] + 1 : lengths[i]])
         target = target.view(batch["input_ids"].shape)
         batch = {k: v.to(input_ids.device) for k, v in batch.items()}
+        see = batch["attention_mask"]  # as what attention adds, since sdpa would turn it into that in every layer
+        batch["attention_mask"] = torch.zeros(see.shape, dtype=model.dtype, device=see.device)
+        batch["attention_mask"].masked_fill_(~see, torch.finfo(model.dtype).min)
         target, source, mask = target.to(labels.device), source.to(labels.device), labels[:, 1:] != -100
         if input_ids.device.type == "cpu":  # TRL's head computes the trained positions only on a GPU
             del kwargs["fused_lm_head"]

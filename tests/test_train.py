@@ -47,8 +47,9 @@ def options(tiny, data, route, save_dir, **more):
 
 @pytest.mark.parametrize("route", ["sft", "kd", "dpo"])
 def test_a_route_leaves_a_whole_adapter_folder(run, tiny, data, tmp_path, route):
-    done = run(f"{route}_train.py", *options(tiny, data, route, tmp_path / "a"))
+    done = run(f"{route}_train.py", *options(tiny, data, route, tmp_path / "a"), "--max_vram_gb", 4)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert ("--max_vram_gb: no GPU here" in done.stdout) != torch.cuda.is_available()
     folder = tmp_path / "a"
     assert {p.name for p in folder.iterdir()} >= FILES | {"task.json", "calibration.json", "tensorboard"}
     assert not list(folder.glob("checkpoint-*")) and not list(folder.glob("*.tmp"))
@@ -224,7 +225,7 @@ def test_distribution_loss_by_hand():
 
 def test_the_micro_batch_is_halved_until_it_fits():
     from common import UserError
-    from training import largest_fitting
+    from training import largest_fitting, smaller
 
     tried = []
 
@@ -233,6 +234,120 @@ def test_the_micro_batch_is_halved_until_it_fits():
         if n > fits:
             raise torch.OutOfMemoryError
 
-    assert largest_fitting(step, 24) == 4 and tried == [24, 12, 8, 6, 4]
-    with pytest.raises(UserError, match="one row does not fit this GPU"):
-        largest_fitting(lambda n: step(n, 0), 2)
+    assert largest_fitting(step, 24, "") == 4 and tried == [24, 12, 8, 6, 4]
+    with pytest.raises(UserError, match="one row does not fit this GPU; expected a smaller --max_len"):
+        largest_fitting(lambda n: step(n, 0), 2, smaller("nf4"))
+
+
+def rows_for(route, tokenizer, task, n=12):
+    """n rows as a trainer of the route takes them, of different lengths."""
+    from common import completion_ids, prompt_ids
+
+    texts = [task.prompt(f"Age: {20 + i}.0" + ", Outstanding Debt: 99.0" * (i % 3)) for i in range(n)]
+    prompts, labels = prompt_ids(tokenizer, texts), [task.labels[i % 3] for i in range(n)]
+    good, bad = completion_ids(tokenizer, texts, labels), completion_ids(tokenizer, texts, labels[1:] + labels[:1])
+    teacher = [[0.7, 0.2, 0.1]] * n
+    return {
+        "sft": {
+            "input_ids": [p + g for p, g in zip(prompts, good, strict=True)],
+            "labels": [[-100] * len(p) + g for p, g in zip(prompts, good, strict=True)],
+        },
+        "kd": {"prompt_ids": prompts, "teacher": teacher, "gold": [-1] * n},
+        "dpo": {"prompt_ids": prompts, "chosen_ids": good, "rejected_ids": bad},
+    }[route]
+
+
+def weights_after(route, tiny, task, folder, upset=None):
+    """LoRA weights and loss after two steps of 2 x 6 rows without dropout; upset(model) breaks it before training."""
+    from argparse import Namespace
+
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+    from common import label_trie, load_base
+    from kd_train import distribution_trainer
+    from training import lora_config, trainer_class
+
+    model, tokenizer = load_base(tiny, "fp32")
+    options = {
+        "output_dir": str(folder),
+        "max_steps": 2,
+        "per_device_train_batch_size": 6,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1.0,
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "gradient_checkpointing": False,
+        "max_length": None,
+        "logging_steps": 1,
+    }
+    if route == "dpo":
+
+        class Pretokenized(DPOTrainer):
+            def _prepare_dataset(self, dataset, *_):
+                return dataset
+
+        kind, config = trainer_class(Pretokenized, None, []), DPOConfig(**options)
+    else:
+        kind = trainer_class(SFTTrainer, None, [])
+        if route == "kd":
+            kind = distribution_trainer(kind, label_trie(tokenizer, task.labels), Namespace(temperature=1.0, alpha=0.0))
+            options |= {"remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
+        config = SFTConfig(**options, shuffle_dataset=False)
+    adapter = lora_config(Namespace(lora_r=4, student=str(tiny)))
+    adapter.lora_dropout = 0.0
+    data = Dataset.from_dict(rows_for(route, tokenizer, task))
+    torch.manual_seed(0)
+    trainer = kind(model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=adapter)
+    if upset:
+        upset(trainer.model.get_base_model().model)
+    loss = trainer.train().training_loss
+    weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    return weights, loss, trainer
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("route", ["sft", "kd", "dpo"])
+def test_out_of_memory_halves_the_rows_at_once_and_changes_nothing_else(tiny, task, tmp_path, capsys, route, where):
+    """The second micro-batch and all later ones are too large: its rows come in parts, its step is the same step."""
+    seen = []
+
+    def upset(model):
+        def too_large(module, args, kwargs):
+            seen.append(kwargs["input_ids"].numel())
+            if len(seen) > 1 and seen[-1] > 0.75 * seen[0]:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        def too_large_backward(module, *_):
+            if len(seen) > 1 and seen[-1] > 0.75 * seen[0]:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        if where == "forward":
+            model.register_forward_pre_hook(too_large, with_kwargs=True)
+        else:  # the upper layer has its gradients by then
+            model.register_forward_pre_hook(lambda m, a, k: seen.append(k["input_ids"].numel()), with_kwargs=True)
+            model.layers[0].register_full_backward_hook(too_large_backward)
+
+    expected, loss, _ = weights_after(route, tiny, task, tmp_path / "a")
+    found, same, trainer = weights_after(route, tiny, task, tmp_path / "b", upset)
+    assert all(w.any() for w in expected.values())  # both steps moved every matrix, so there is something to compare
+    assert trainer.parts > 1 and "out of memory at step 1: " in capsys.readouterr().out
+    assert abs(loss - same) < 1e-5 and max((expected[n] - found[n]).abs().max() for n in expected) < 1e-5
+    assert trainer.state.global_step == 2
+
+
+def test_one_row_that_does_not_fit_says_what_to_change(tiny, task, tmp_path):
+    from common import UserError
+
+    def upset(model):
+        def full(*_):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        model.register_forward_pre_hook(full)
+
+    with pytest.raises(UserError, match=r"one row does not fit this GPU; .* --precision nf4"):
+        weights_after("sft", tiny, task, tmp_path, upset)
