@@ -364,7 +364,9 @@ def base_config(name):
 
 
 def load_base(name, precision="auto"):
-    """(model, tokenizer) of a hub id, a local folder or the embedded student, in eval mode, attention through sdpa.
+    """(model, tokenizer) of a hub id, a local folder or the embedded student, in eval mode.
+
+    Attention goes through sdpa, transformers' default, where the architecture has it.
 
     precision: auto, nf4 (QLoRA: double quantisation, bf16 compute), bf16 or fp32.
     """
@@ -374,7 +376,7 @@ def load_base(name, precision="auto"):
     path, config, tokenizer = base_config(name)
     precision, why = choose_precision(config, precision)
     print(f"{name}: {precision} on {device()} ({why})", file=sys.stderr)
-    kwargs = {"dtype": torch.float32 if precision == "fp32" else torch.bfloat16, "attn_implementation": "sdpa"}
+    kwargs = {"dtype": torch.float32 if precision == "fp32" else torch.bfloat16}
     if precision == "nf4":
         kwargs["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -488,6 +490,19 @@ def label_trie(tokenizer, labels, prompt="x"):
     return LabelTrie(ids if nested else bare)
 
 
+def takes_trees(model):
+    """Whether `model` takes token trees (trees.why_no_trees); tried once a model, and said when it does not."""
+    from trees import why_no_trees
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not hasattr(base, "takes_trees"):
+        why = why_no_trees(base)
+        base.takes_trees = not why
+        if why:
+            print(f"each label in a forward pass of its own: {why}", file=sys.stderr)
+    return base.takes_trees
+
+
 class LabelScorer:
     """Scores of all labels in one forward pass a prompt, the constant head of the prompts computed once.
 
@@ -496,10 +511,13 @@ class LabelScorer:
     """
 
     def __init__(self, model, tokenizer, labels, head_prompts=()):
+        from trees import window
+
         self.model, self.tokenizer, self.labels = model, tokenizer, tuple(labels)
         self.trie = label_trie(tokenizer, self.labels)
         self.head, self._heads = [], {}
-        if len(set(head_prompts)) > 1:
+        self.trees, self.window = takes_trees(model), window(model.config.get_text_config())
+        if self.trees and len(set(head_prompts)) > 1:
             ids = prompt_ids(tokenizer, head_prompts)
             same = [len(set(column)) == 1 for column in zip(*(i[:-1] for i in ids), strict=False)]
             self.head = ids[0][: [*same, False].index(False)]
@@ -514,7 +532,7 @@ class LabelScorer:
         from tqdm import tqdm
 
         ids = prompt_ids(self.tokenizer, prompts)
-        limit = self.model.config.max_position_embeddings - len(self.trie.nodes)
+        limit = getattr(self.model.config, "max_position_embeddings", 2**31) - len(self.trie.nodes)
         for i, row in enumerate(ids):
             if len(row) > limit:
                 raise UserError(f"prompt {i + 1}: {len(row)} tokens; expected at most {limit}")
@@ -542,12 +560,15 @@ class LabelScorer:
         import torch
 
         n = len(self.head)
-        cache = None
+        cache, trees = None, self.trees and max(map(len, rows)) + len(self.trie.nodes) <= self.window
         with torch.inference_mode():
-            if n and all(r[:n] == self.head for r in rows):
+            if trees and n and all(r[:n] == self.head for r in rows):
                 cache = self._head_cache(adapters or [None] * len(rows))
                 rows = [r[n:] for r in rows]
-            logits = self.logits(rows, cache, n if cache else 0, adapters)
+            if trees:
+                logits = self.logits(rows, cache, n if cache else 0, adapters)
+            else:
+                logits = self.logits_apart(rows, adapters)
             return self.trie.scores(logits).cpu().numpy()
 
     def logits(self, rows, cache=None, head=0, adapters=None):
@@ -565,6 +586,21 @@ class LabelScorer:
         if adapters:
             batch["adapter_names"] = adapters
         return self.model(**batch, past_key_values=cache, use_cache=cache is not None).logits
+
+    def logits_apart(self, rows, adapters=None):
+        """As logits, for a model that takes no tree mask: each prompt again in front of each node of the trie."""
+        import torch
+
+        paths = [[]]
+        for ids, parent in self.trie.nodes:
+            paths.append([*paths[parent + 1], *ids])
+        texts = [row + path for row in rows for path in paths]
+        batch = self.tokenizer.pad({"input_ids": texts}, padding=True, padding_side="right", return_tensors="pt")
+        if adapters:
+            batch["adapter_names"] = [a for a in adapters for _ in paths]
+        last = torch.tensor([len(text) - 1 for text in texts])
+        logits = self.model(**batch.to(self.model.device), use_cache=False).logits[torch.arange(len(texts)), last]
+        return logits.view(len(rows), len(paths), -1)
 
     def _head_cache(self, adapters):
         """Keys and values of the head for each row: LoRA sits on k and v, so every adapter has its own."""

@@ -69,7 +69,7 @@ def main(args):
     trainer = trainer_class(Pretokenized, task, dev)(
         # a PeftModel would make TRL copy its adapter as the reference, which is right only with --init_adapter
         model=lora(model, args, args.init_adapter) if args.init_adapter else model,
-        peft_config=None if args.init_adapter else lora_config(args),
+        peft_config=None if args.init_adapter else lora_config(args, model),
         args=DPOConfig(**options),
         train_dataset=dataset(train, *columns),
         eval_dataset=dataset(dev, *columns),

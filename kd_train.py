@@ -131,6 +131,8 @@ def distribution_trainer(trainer, trie, args):
     from trees import pack_prompts
 
     class Distribution(trainer):
+        needs_trees = True
+
         def __init__(self, *a, **kw):
             pad = kw["processing_class"].pad_token_id
 
@@ -196,6 +198,8 @@ def token_trainer(trainer, top_k, args):
     from torch.utils.checkpoint import checkpoint
 
     class Tokens(trainer):
+        needs_trees = True
+
         def __init__(self, *a, **kw):
             pad = kw["processing_class"].pad_token_id
 

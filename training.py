@@ -129,13 +129,17 @@ def load_student(args, rows):
     _, config, tokenizer = base_config(args.student)
     precision, _ = choose_precision(config, args.precision)
     micro, _ = micro_batch(args)
-    gib, shape = expected_step(args, config, precision, longest_texts(tokenizer, rows, micro, args.max_len))
-    print(f"expected memory: about {gib:.1f} GiB ({micro} rows at once, as {shape[0]} trees of {shape[1]} tokens)")
-    weights = expected_memory(config, precision, (0, 0, 0), args.lora_r, True)
-    if cap and weights > cap:
-        raise UserError(
-            f"{args.student}: {weights:.1f} GiB of weights in {precision} under {cap:.1f} GiB; {smaller(precision)}"
-        )
+    try:
+        gib, shape = expected_step(args, config, precision, longest_texts(tokenizer, rows, micro, args.max_len))
+        weights = expected_memory(config, precision, (0, 0, 0), args.lora_r, True)
+    except AttributeError:
+        print("expected memory: not known for an architecture without attention and MLP of the usual names")
+    else:
+        print(f"expected memory: about {gib:.1f} GiB ({micro} rows at once, as {shape[0]} trees of {shape[1]} tokens)")
+        if cap and weights > cap:
+            raise UserError(
+                f"{args.student}: {weights:.1f} GiB of weights in {precision} under {cap:.1f} GiB; {smaller(precision)}"
+            )
     return load_base(args.student, args.precision)
 
 
@@ -156,11 +160,17 @@ def longest_texts(tokenizer, rows, n, max_len):
     return [ids for ids, _ in texts], [trained for _, trained in texts]
 
 
-def lora_config(args):
-    """An adapter on all linear layers of the student (QLoRA, arXiv 2305.14314)."""
+def lora_config(args, model):
+    """An adapter on all linear layers of the student (QLoRA, arXiv 2305.14314), whatever it calls them."""
     from peft import LoraConfig
 
-    config = LoraConfig(r=args.lora_r, lora_alpha=2 * args.lora_r, lora_dropout=0.05, target_modules=TARGETS)
+    names, targets = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}, TARGETS
+    if not set(TARGETS) <= names:
+        targets = "all-linear"
+        print(f"adapter on all linear layers: no {', '.join(sorted(set(TARGETS) - names))} in this model")
+    config = LoraConfig(r=args.lora_r, lora_alpha=2 * args.lora_r, lora_dropout=0.05, target_modules=targets)
+    if "mamba" in model.config.model_type:  # its kernels read these weights past the adapter
+        config.exclude_modules = ["out_proj", "dt_proj"]
     config.task_type, config.base_model_name_or_path = "CAUSAL_LM", args.student
     return config
 
@@ -173,7 +183,7 @@ def lora(model, args, init_adapter=None):
     set_seed(args.seed)  # TRL would do so only after the adapter is drawn
     if init_adapter:
         return add_adapter(model, init_adapter, trainable=True)
-    return get_peft_model(model, lora_config(args))
+    return get_peft_model(model, lora_config(args, model))
 
 
 def trainer_class(trainer, task, dev):
@@ -181,9 +191,10 @@ def trainer_class(trainer, task, dev):
     import torch
 
     from fused import fuse
-    from trees import share_prefixes
+    from trees import share_prefixes, why_no_trees
 
     class Student(trainer):
+        needs_trees = False
         parts = 1  # of a micro-batch, one after the other; more after each out-of-memory error
 
         def __init__(self, *args, **kwargs):
@@ -198,9 +209,16 @@ def trainer_class(trainer, task, dev):
 
         def share(self):
             base = self.model.get_base_model()
-            if not hasattr(base, "shares_prefixes"):
+            if hasattr(base, "shares_prefixes"):
+                return
+            why = why_no_trees(base, longest_row(self.train_dataset))
+            base.shares_prefixes = not why
+            if not why:
                 share_prefixes(base, self.processing_class.pad_token_id)
-                base.shares_prefixes = True
+            elif self.needs_trees:
+                raise UserError(f"a teacher's distribution needs a tree mask, but {why}; expected teacher_output alone")
+            else:
+                print(f"each row by itself, common beginnings computed again: {why}")
 
         def get_train_dataloader(self):  # a batch that does not fit is made again from its rows, in parts
             collate = self.data_collator
@@ -262,6 +280,14 @@ def trainer_class(trainer, task, dev):
             return metrics
 
     return Student
+
+
+def longest_row(rows):
+    """Tokens of the longest text in a dataset of token ids."""
+    if "input_ids" in rows.column_names:
+        return max(map(len, rows["input_ids"]))
+    answers = [rows[c] for c in ("chosen_ids", "rejected_ids") if c in rows.column_names]
+    return max(len(p) + max(map(len, own), default=0) for p, *own in zip(rows["prompt_ids"], *answers, strict=True))
 
 
 class Rows:

@@ -174,6 +174,52 @@ def pack_rows(rows, limits, pad, group=None):
     return batch, columns
 
 
+def why_no_trees(model, longest=0):
+    """Why `model` cannot take token trees, as part of a sentence, or None when it can: looked up and tried.
+
+    longest: tokens of the longest text, which a sliding window has to hold whole, since a tree's mask has no window.
+    """
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    other = kinds - {"full_attention", "sliding_attention"}
+    if other:
+        return f"it has {' and '.join(sorted(other))} layers"
+    if longest > window(config):
+        return f"its attention looks back {window(config)} tokens and the longest text has {longest}"
+    training = model.training
+    model.eval()
+    try:
+        apart, shared, beside = try_tree(model)
+    except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as e:
+        return f"it takes no such mask ({type(e).__name__}: {str(e).strip().splitlines()[0][:80]})"
+    finally:
+        model.train(training)
+    # sixteen bits differ a little by path; a mask that is not heeded makes the difference of reading another's text
+    if (shared - apart).norm() > 0.3 * (beside - apart).norm():
+        return "its attention does not heed the mask"
+    return None
+
+
+def window(config):
+    """Tokens that every layer's attention looks back; infinite without a sliding window."""
+    found = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    return found or float("inf")
+
+
+def try_tree(model, n=12):
+    """Logits of a text by itself, behind a common head as its sibling, and right behind its sibling (wrong)."""
+    ids = torch.arange(5, 5 + 3 * n).tolist()
+    head, first, second = ids[:n], ids[n : 2 * n], ids[2 * n :]
+
+    def last(inputs):
+        with torch.no_grad():
+            inputs = {k: v.to(model.device) for k, v in inputs.items()}
+            return model(**inputs, use_cache=False).logits[0, -1].float()
+
+    tree, _ = tree_batch([[(head, -1), (first, 0), (second, 0)]], 0)
+    return last({"input_ids": torch.tensor([head + second])}), last(tree), last({"input_ids": torch.tensor([ids])})
+
+
 def share_prefixes(model, pad, group=None):
     """Make the forward pass that TRL trains with compute common beginnings once; same loss and gradients (issue 4).
 

@@ -314,7 +314,9 @@ def make_trainer(route, how, model, tokenizer, rows, n, accumulate, steps, folde
         kind = trainer_class(SFTTrainer, None, []) if ours else SFTTrainer
     config = DPOConfig(**options) if route == "dpo" else SFTConfig(**options, shuffle_dataset=False)
     data = Dataset.from_dict(columns)
-    made = kind(model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=lora_config(wanted))
+    made = kind(
+        model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=lora_config(wanted, model)
+    )
     made.precompute_ref_logps = ours
     return made
 

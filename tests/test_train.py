@@ -298,7 +298,7 @@ def weights_after(route, tiny, task, folder, upset=None):
             kind = distribution_trainer(kind, label_trie(tokenizer, task.labels), Namespace(temperature=1.0, alpha=0.0))
             options |= {"remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
         config = SFTConfig(**options, shuffle_dataset=False)
-    adapter = lora_config(Namespace(lora_r=4, student=str(tiny)))
+    adapter = lora_config(Namespace(lora_r=4, student=str(tiny)), model)
     adapter.lora_dropout = 0.0
     data = Dataset.from_dict(rows_for(route, tokenizer, task))
     torch.manual_seed(0)
