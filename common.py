@@ -325,6 +325,18 @@ def device():
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else "cpu"
 
 
+def cap_memory(gib=None):
+    """GiB that torch may reserve on this process's GPU: `gib` from now on, else all of it; None on a CPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    whole = torch.cuda.get_device_properties(device()).total_memory / 2**30
+    if gib and gib < whole:
+        torch.cuda.set_per_process_memory_fraction(gib / whole, device())
+    return min(gib or whole, whole)
+
+
 def choose_precision(config, precision="auto"):
     """(precision, why): "nf4" where 16 bits would not leave room on a small card, "bf16" on a GPU, "fp32" on a CPU."""
     if precision != "auto":

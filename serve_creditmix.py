@@ -8,7 +8,8 @@
     curl -X POST localhost:8000/infer/sft -H 'Content-Type: application/json' -d '{"features": "Age: 23.0, ..."}'
 
 Environment: BASE_MODEL; SFT_DIR, KD_DIR, DPO_DIR; TASK (data/creditmix_task.json); HOST, PORT; API_KEY (then /infer and
-/admin ask for the header X-API-Key); DEADLINE (30 seconds a request); MAX_QUEUE (512 rows); OFFLOAD_FOLDER.
+/admin ask for the header X-API-Key); DEADLINE (30 seconds a request); MAX_QUEUE (512 rows); MAX_VRAM_GB (the
+GPU's); OFFLOAD_FOLDER.
 
 Requests wait in a bounded queue; one thread owns the model, since two threads with different adapters gave wrong
 answers without a word, and answers the rows of all four models in one forward pass. Nothing is kept on disk.
@@ -70,6 +71,7 @@ REJECTIONS = {
 }
 
 QUEUED = Gauge("serve_queue_rows", "Rows that wait for the model")
+PEAK = Gauge("serve_gpu_peak_bytes", "Most GPU memory that was reserved; 0 on a CPU")
 BATCH = Histogram("serve_batch_rows", "Rows of one forward pass", buckets=[2**i for i in range(8)])
 SECONDS = Histogram("serve_request_seconds", "Time of a request", ["model"], buckets=[0.005 * 2**i for i in range(14)])
 REQUESTS = Counter("serve_requests_total", "Requests by status", ["model", "status"])
@@ -96,6 +98,7 @@ class Settings:
     api_key: str
     deadline: float
     max_queue: float
+    max_vram_gb: float | None
 
 
 def settings():
@@ -105,8 +108,11 @@ def settings():
     stem = "smollm2" if base == common.EMBEDDED else "creditmix"
     folders = {name: Path(env.get(f"{name.upper()}_DIR") or ROOT / "runs" / f"{stem}_{name}") for name in MODELS[1:]}
     limits = []
-    for name, default in (("DEADLINE", "30"), ("MAX_QUEUE", "512")):
+    for name, default in (("DEADLINE", "30"), ("MAX_QUEUE", "512"), ("MAX_VRAM_GB", "")):
         text = env.get(name) or default
+        if text == default == "":
+            limits.append(None)
+            continue
         if not re.fullmatch(r"\d{1,9}(\.\d+)?", text) or float(text) == 0:
             raise UserError(f"environment: {name}: expected a number above 0, got {text!r}")
         limits.append(float(text))
@@ -225,6 +231,10 @@ class Engine:
         self.status = "stopped"
 
     def _load(self):
+        import torch
+
+        if common.cap_memory(self.config.max_vram_gb):
+            PEAK.set_function(torch.cuda.max_memory_reserved)
         self.model, self.tokenizer = common.load_base(self.config.base)
         # the scorer cuts batches at so many padded tokens; one collected here is then one forward pass
         self.budget = 2048 if self.model.device.type == "cpu" else 16384

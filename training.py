@@ -17,10 +17,10 @@ from common import (
     add_adapter,
     atomic_write,
     base_config,
+    cap_memory,
     choose_precision,
     completion_ids,
     dev_split,
-    device,
     file_sha256,
     fit_and_save,
     label_classes,
@@ -123,7 +123,9 @@ def load_student(args, rows):
 
     Error: UserError where the weights alone are more than the cap.
     """
-    cap = cap_memory(args)
+    cap = cap_memory(args.max_vram_gb)
+    if args.max_vram_gb and not cap:
+        print("--max_vram_gb: no GPU here, so there is nothing to cap")
     _, config, tokenizer = base_config(args.student)
     precision, _ = choose_precision(config, args.precision)
     micro, _ = micro_batch(args)
@@ -139,20 +141,6 @@ def load_student(args, rows):
                 f"{args.student}: {weights:.1f} GiB of weights in {precision} under {cap:.1f} GiB; {smaller(precision)}"
             )
     return load_base(args.student, args.precision)
-
-
-def cap_memory(args):
-    """GiB that torch may reserve on this process's GPU: --max_vram_gb, else all of it; None on a CPU."""
-    import torch
-
-    if not torch.cuda.is_available():
-        if args.max_vram_gb:
-            print("--max_vram_gb: no GPU here, so there is nothing to cap")
-        return None
-    whole = torch.cuda.get_device_properties(device()).total_memory / 2**30
-    if args.max_vram_gb and args.max_vram_gb < whole:
-        torch.cuda.set_per_process_memory_fraction(args.max_vram_gb / whole, device())
-    return min(args.max_vram_gb or whole, whole)
 
 
 def smaller(precision):

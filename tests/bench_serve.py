@@ -52,6 +52,7 @@ def main(args):
                 times["served"].append(seconds / args.rows)
                 for got, want in zip(found[i * 64 % args.rows :], alone, strict=False):
                     worst = max(worst, *(abs(got["scores"][label] - want["scores"][label]) for label in task.labels))
+            peak = server.metric("serve_gpu_peak_bytes") / 2**30
             calls = server.metric("serve_batch_rows_count"), server.metric("serve_batch_rows_sum")
     scored, served, single = (1 / np.median(seconds) for seconds in times.values())
     print(f"{args.base}, {model.precision} on {model.device}, {args.rows} rows, {args.clients} clients, 4 models")
@@ -59,6 +60,7 @@ def main(args):
     print(f"served / one at a time {served / single:.2f}x, served / offline {served / scored:.2f}x")
     print(f"largest difference of a score from the single request's: {worst:.1e} over {64 * args.rounds} rows")
     print(f"rows a forward pass, all phases: {calls[1] / calls[0]:.1f}")
+    print(f"GPU memory of the server at its peak: {peak:.2f} GiB reserved" if peak else "no GPU")
     print(f"first request {1000 * first[0]:.0f} ms, median of the next 19 {1000 * np.median(first[1:]):.0f} ms")
 
 

@@ -1,8 +1,12 @@
 """eval_codegen.py and infer_codegen.py: pass@k by hand, the harness on known answers, the scripts on a tiny model."""
 
+import contextlib
 import json
+import os
 import runpy
+import subprocess
 import sys
+import time
 from collections import Counter
 from types import SimpleNamespace
 
@@ -239,6 +243,24 @@ def test_infer_prints_only_code_when_piped(here, tiny):
     assert all(row["plan"] is None and 0 < row["tokens"] <= 6 for row in rows)
     again = here("infer_codegen.py", "--model_dir", tiny, "--prompt", "Write one().", "--n", "3", "--json", *SMALL)
     assert [json.loads(x)["code"] for x in again.stdout.splitlines()] == [row["code"] for row in rows]
+
+
+def test_infer_streams_to_a_terminal(here, tiny):
+    """On a terminal the text grows token by token; the pieces arrive at different times and make up the reply."""
+    screen, end = os.openpty()
+    command = ["infer_codegen.py", "--model_dir", str(tiny), "--prompt", "Add two numbers.", "--max_new_tokens", "300"]
+    process = subprocess.Popen([sys.executable, ROOT / command[0], *command[1:]], stdout=end, stderr=subprocess.DEVNULL)
+    os.close(end)
+    pieces = []
+    with contextlib.suppress(OSError):  # how a pseudo-terminal says that the other side is gone
+        while piece := os.read(screen, 4096):
+            pieces.append((time.monotonic(), piece))
+    os.close(screen)
+    assert process.wait(timeout=60) == 0
+    assert len(pieces) > 5 and pieces[-1][0] > pieces[0][0]
+    shown = b"".join(piece for _, piece in pieces).decode(errors="ignore")
+    piped = here(*command).stdout
+    assert " ".join(piped.split())[:60] in " ".join(shown.split())
 
 
 def test_infer_with_tests_ends_with_1_when_no_sample_passes(run, tiny, tmp_path):
