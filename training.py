@@ -35,7 +35,6 @@ from common import (
     unit_hash,
     write_json,
 )
-from trees import packed_shape
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -123,6 +122,8 @@ def load_student(args, rows):
 
     Error: UserError where the weights alone are more than the cap.
     """
+    from memory import expected_memory, expected_step, longest_texts, smaller
+
     cap = cap_memory(args.max_vram_gb)
     if args.max_vram_gb and not cap:
         print("--max_vram_gb: no GPU here, so there is nothing to cap")
@@ -141,23 +142,6 @@ def load_student(args, rows):
                 f"{args.student}: {weights:.1f} GiB of weights in {precision} under {cap:.1f} GiB; {smaller(precision)}"
             )
     return load_base(args.student, args.precision)
-
-
-def smaller(precision):
-    flags = "--max_len, --lora_r or --student" + ("" if precision == "nf4" else ", or --precision nf4")
-    return f"expected a smaller {flags}"
-
-
-def longest_texts(tokenizer, rows, n, max_len):
-    """(token ids, number of trained ones) of what the n longest rows train on: a pair has two texts."""
-    fields = next(f for f in (["chosen", "rejected"], ["teacher_output"], ["output"]) if f[0] in rows[0])
-    rows = sorted(rows, key=lambda r: -len(r.get("input") or r["prompt"]) - len(r[fields[0]]))[: 4 * n]
-    prompts = [r.get("input") or r["prompt"] for r in rows]
-    answers = [completion_ids(tokenizer, prompts, [r[f] for r in rows]) for f in fields]
-    found = list(zip(prompt_ids(tokenizer, prompts), *answers, strict=True))
-    found = [(p, own) for p, *own in found if len(p) + max(map(len, own)) <= max_len][:n]
-    texts = [(p + a, len(a)) for p, own in found for a in own]
-    return [ids for ids, _ in texts], [trained for _, trained in texts]
 
 
 def lora_config(args, model):
@@ -188,16 +172,15 @@ def lora(model, args, init_adapter=None):
 
 def trainer_class(trainer, task, dev):
     """`trainer`, a TRL trainer, with what all routes add: shared prefixes, fused layers, fp32 adapters, accuracy."""
-    import torch
     from accelerate.utils import gather_object
     from tqdm import tqdm
 
     from fused import fuse
+    from memory import InParts
     from trees import share_prefixes, why_no_trees
 
-    class Student(trainer):
+    class Student(InParts, trainer):
         needs_trees = False
-        parts = 1  # of a micro-batch, one after the other; more after each out-of-memory error
 
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
@@ -222,51 +205,6 @@ def trainer_class(trainer, task, dev):
                 raise UserError(f"a teacher's distribution needs a tree mask, but {why}; expected teacher_output alone")
             else:
                 print(f"each row by itself, common beginnings computed again: {why}")
-
-        def get_train_dataloader(self):  # a batch that does not fit is made again from its rows, in parts
-            collate = self.data_collator
-            self.data_collator = lambda rows: {**collate(rows), "rows": Rows(rows)}
-            try:
-                return super().get_train_dataloader()
-            finally:
-                self.data_collator = collate
-
-        def training_step(self, model, inputs, num_items_in_batch=None):
-            rows = inputs.pop("rows").rows
-            if self.args.world_size > 1:  # ranks must stay in step with each other
-                return super().training_step(model, inputs, num_items_in_batch)
-            earlier = take_gradients(model)  # of this step's micro-batches so far
-            while True:
-                try:
-                    loss = self.in_parts(super().training_step, model, inputs, rows, num_items_in_batch)
-                    break
-                except torch.OutOfMemoryError:
-                    pass  # its traceback holds the tensors until here
-                take_gradients(model)
-                torch.cuda.empty_cache()
-                if self.parts >= len(rows):
-                    raise UserError(f"one row does not fit this GPU; {smaller(self.model.get_base_model().precision)}")
-                self.parts = min(2 * self.parts, len(rows))
-                at_once = -(-len(rows) // self.parts)
-                print(f"out of memory at step {self.state.global_step + 1}: {at_once} rows at once from here on")
-            for p, g in earlier:
-                p.grad = g if p.grad is None else p.grad.add_(g)
-            return loss
-
-        def in_parts(self, step, model, inputs, rows, num_items_in_batch):
-            """A micro-batch in self.parts parts, with the loss and gradients of the whole."""
-            if self.parts == 1:
-                return step(model, inputs, num_items_in_batch)
-            accumulated, total = self.current_gradient_accumulation_steps, 0
-            size = -(-len(rows) // self.parts)
-            try:
-                for part in (rows[i : i + size] for i in range(0, len(rows), size)):
-                    # a mean over rows counts as its share of them; a sum over num_items_in_batch tokens as it is
-                    self.current_gradient_accumulation_steps = accumulated * len(rows) / len(part)
-                    total = total + step(model, self.data_collator(part), num_items_in_batch)
-            finally:
-                self.current_gradient_accumulation_steps = accumulated
-            return total
 
         def _precompute_ref_logps(self, dataset, name, batch_size):  # DPO calls it before __init__ returns
             self.share()
@@ -302,21 +240,6 @@ def longest_row(rows):
         return max(map(len, rows["input_ids"]))
     answers = [rows[c] for c in ("chosen_ids", "rejected_ids") if c in rows.column_names]
     return max(len(p) + max(map(len, own), default=0) for p, *own in zip(rows["prompt_ids"], *answers, strict=True))
-
-
-class Rows:
-    """Rows of a batch, in a wrapping that nothing between collator and trainer unpacks or moves."""
-
-    def __init__(self, rows):
-        self.rows = rows
-
-
-def take_gradients(model):
-    """Take the gradients off the parameters: [(parameter, gradient)]."""
-    found = [(p, p.grad) for p in model.parameters() if p.grad is not None]
-    for p, _ in found:
-        p.grad = None
-    return found
 
 
 def dev_scores(model, tokenizer, task, dev):
@@ -406,6 +329,8 @@ def training_arguments(args, model, rows, dev):
     micro, accumulate = micro_batch(args)
     world = int(os.environ.get("WORLD_SIZE", 1))
     if cuda and world > 1 and not args.micro_batch:  # several processes cannot try what fits: the estimate has to do
+        from memory import expected_to_fit
+
         micro, accumulate = expected_to_fit(args, model, rows, micro * accumulate)
     epoch = len(rows) / args.batch_size
     steps = args.max_steps if args.max_steps > 0 else max(1, int(args.epochs * epoch))
@@ -442,117 +367,13 @@ def training_arguments(args, model, rows, dev):
     }
 
 
-def expected_to_fit(args, model, rows, n):
-    """(rows at once, times accumulated): as many of n rows at once as are expected to leave an eighth of the memory."""
-    longest = sorted((r["input_ids"] for r in rows), key=len, reverse=True)
-    cap = cap_memory(args)
-    for micro in (m for m in range(n, 0, -1) if n % m == 0):
-        texts = longest[:micro] * (2 if "chosen_ids" in rows[0] else 1)
-        gib, _ = expected_step(args, model.config, model.precision, (texts, [2] * len(texts)))
-        if gib < cap * 7 / 8:
-            break
-    return micro, n // micro
-
-
-def fit_micro_batch(trainer):
-    """Fewer rows at once until a step on the longest ones fits; the effective batch stays what was asked."""
-    import torch
-
-    rows = trainer.train_dataset
-    key = next(c for c in ("input_ids", "prompt_ids") if c in rows.column_names)
-    longest = sorted(range(len(rows)), key=lambda i: -len(rows[i][key]))[: trainer.args.per_device_train_batch_size]
-
-    def step(n):
-        batch = trainer._prepare_inputs(trainer.data_collator([rows[i] for i in longest[:n]]))
-        with trainer.accelerator.autocast():
-            trainer.compute_loss(trainer.model.train(), batch).backward()
-
-    if trainer.args.gradient_checkpointing:
-        trainer.model.gradient_checkpointing_enable()  # as train() will
-    asked = trainer.args.per_device_train_batch_size
-    trainable = [p for p in trainer.model.parameters() if p.requires_grad]
-    paged = "paged" in trainer.args.optim
-    moments = [] if paged else [torch.empty_like(p) for p in trainable for _ in range(2)]  # what Adam will hold
-    fits = largest_fitting(step, asked, smaller(trainer.model.get_base_model().precision))
-    del moments
-    trainer.model.zero_grad(set_to_none=True)
-    trainer._metrics["train"].clear()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    trainer.args.per_device_eval_batch_size = fits
-    if fits < asked:
-        trainer.args.per_device_train_batch_size = trainer._train_batch_size = fits
-        trainer.args.gradient_accumulation_steps *= asked // fits
-        print(f"{asked} rows at once do not fit this GPU: {fits}, accumulated {asked // fits} times as often")
-
-
-def largest_fitting(step, n, remedy):
-    """The largest divisor of n for which step does not run out of memory, tried downwards; UserError when none is."""
-    import torch
-
-    for rows in (m for m in range(n, 0, -1) if n % m == 0):
-        try:
-            step(rows)
-            return rows
-        except torch.OutOfMemoryError:
-            pass  # its traceback holds the step's tensors until here
-        torch.cuda.empty_cache()
-    raise UserError(f"one row does not fit this GPU; {remedy}")
-
-
-def expected_step(args, config, precision, texts):
-    """(GiB at the peak of a step on `texts`, its packed shape); texts: (token ids, number of trained ones)."""
-    shape = packed_shape(*texts) if texts[0] else (0, 0, 0)
-    return expected_memory(config, precision, shape, args.lora_r, precision == "nf4"), shape
-
-
-def expected_memory(config, precision, shape, lora_r, checkpointing, kept=0):
-    """GiB that torch reserves at the peak of a training step, from the config alone.
-
-    shape: (trees or rows B, width L, trained tokens K) of a micro-batch (trees.packed_shape). kept: layers whose
-    activations are not recomputed. Not in it: the CUDA context (some 0.4 GiB) and a paged optimizer's state, which
-    torch does not allocate. The coefficients of the activations were fitted on tests/bench_train.py.
-    """
-    c = config.get_text_config()
-    hidden, inner, layers = c.hidden_size, c.intermediate_size, c.num_hidden_layers
-    head = getattr(c, "head_dim", None) or hidden // c.num_attention_heads
-    q, kv = c.num_attention_heads * head, c.num_key_value_heads * head
-    b, length, trained = shape
-    tokens = b * length
-    # 4 bits, a byte for each 64 of them, and 4 bytes for each 256 of those bytes: double quantisation
-    a_weight = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "bf16": 2, "fp32": 4}[precision]
-    wide = 4 if precision == "fp32" else 2
-    weights = a_weight * layers * (2 * hidden * q + 2 * hidden * kv + 3 * hidden * inner)
-    weights += wide * c.vocab_size * hidden * (1 if c.tie_word_embeddings else 2)
-    adapter = lora_r * layers * (6 * hidden + 2 * q + 2 * kv + 3 * (hidden + inner))
-    state = 8 if precision == "nf4" else 16  # weight and gradient in fp32; Adam's two moments are paged for nf4
-    layer = wide * tokens * (ACTIVATIONS["hidden"] * hidden + ACTIVATIONS["inner"] * inner)
-    boundaries = wide * tokens * hidden * layers if checkpointing else 0
-    live = layer * max(kept, 1) if checkpointing else layer * layers
-    passing = wide * tokens * (ACTIVATIONS["passing hidden"] * hidden + ACTIVATIONS["passing inner"] * inner)
-    if precision == "nf4":
-        passing += 2 * hidden * inner  # one matrix in 16 bits
-    mask = (1 + wide) * b * length * length
-    logits = trained * min(c.vocab_size, 32768) * wide + 8 * trained * hidden
-    return (weights + state * adapter + boundaries + live + passing + mask + logits) / 2**30
-
-
-# widths of a layer that are saved for its backward pass, in values of 16 bits a token, and what passes by meanwhile
-ACTIVATIONS = {"hidden": 17, "inner": 4.5, "passing hidden": 4, "passing inner": 4}
-
-
-def keep_activations(model, layers):
-    """Keep the activations of the last `layers` decoder layers: the backward pass frees them first."""
-    found = [m for m in model.modules() if hasattr(m, "gradient_checkpointing") and hasattr(m, "self_attn")]
-    for layer in found[len(found) - layers :]:
-        layer.gradient_checkpointing = False
-
-
 def run_training(trainer, args, task, dev, record, prompts):
     """Train, or go on; keep the best checkpoint; write the adapter folder. SIGINT saves and says how to resume."""
     import torch
     from peft.helpers import disable_input_dtype_casting
     from transformers import TrainerCallback
+
+    from memory import fit_micro_batch
 
     class Interrupt(TrainerCallback):
         asked = False
@@ -585,6 +406,7 @@ def run_training(trainer, args, task, dev, record, prompts):
         sys.exit(130)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     peak = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None  # what nvidia-smi shows
+    tensors = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
     record |= {
         "student": args.student,
         "precision": trainer.model.get_base_model().precision,
@@ -597,6 +419,7 @@ def run_training(trainer, args, task, dev, record, prompts):
         "seconds": round(seconds, 1),
         "samples_per_s": round(result.metrics["train_samples_per_second"], 2),
         "peak_gib": peak and round(peak, 2),
+        "peak_tensors_gib": tensors and round(tensors, 2),
         "rows_at_once": -(-trainer.args.per_device_train_batch_size // trainer.parts),
     }
     # by every process, since under FSDP each holds a part of the weights

@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import trees
 from common import ROOT, Task, completion_ids, device, label_trie, load_base, prompt_ids, write_json
-from training import expected_memory, keep_activations, lora_config, trainer_class
+from memory import expected_memory
+from training import lora_config, trainer_class
 
 GIB, EPOCHS = 2**30, 3
 CUDA = torch.cuda.is_available()
@@ -244,7 +245,7 @@ def measure(route, how, model, tokenizer, rows, n, accumulate, steps, group=20, 
     )  # frozen weights need no gradient of their own
     rate = next((v for k, v in RATE.items() if CUDA and k in torch.cuda.get_device_name()), None)
     shape = trees.packed_shape(*texts(rows[:n]), group if how == "ours" else 1)
-    estimate = expected_memory(model.config, model.precision, shape, 16, checkpointing, kept=kept)
+    estimate = 0 if kept else expected_memory(model.config, model.precision, shape, 16, checkpointing)
     return {
         "s_per_step": round(step, 4),
         "rows_per_s": round(1 / a_row, 2),
@@ -350,6 +351,13 @@ def restore(wrapped, model):
     model.disable_input_require_grads()
     model.__dict__.pop("shares_prefixes", None)
     model.requires_grad_(False)
+
+
+def keep_activations(model, layers):
+    """Keep the activations of the last `layers` decoder layers: the backward pass frees them first."""
+    found = [m for m in model.modules() if hasattr(m, "gradient_checkpointing") and hasattr(m, "self_attn")]
+    for layer in found[len(found) - layers :]:
+        layer.gradient_checkpointing = False
 
 
 def peft_layers(trainer):

@@ -225,7 +225,7 @@ def test_distribution_loss_by_hand():
 
 def test_the_micro_batch_is_halved_until_it_fits():
     from common import UserError
-    from training import largest_fitting, smaller
+    from memory import largest_fitting, smaller
 
     tried = []
 
