@@ -389,6 +389,9 @@ def load_base(name, precision="auto"):
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
+    if precision == "nf4" and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        # only numbers of one type can be cut in parts together
+        kwargs["quantization_config"].bnb_4bit_quant_storage = torch.bfloat16
     kwargs["device_map"] = {"": device()}
     if os.environ.get("OFFLOAD_FOLDER"):  # layers that do not fit wait in RAM, then in this folder
         if precision == "nf4":

@@ -2,7 +2,7 @@
 
 import torch
 
-from common import UserError, completion_ids, prompt_ids
+from common import UserError, cap_memory, completion_ids, prompt_ids
 from fused import CHUNK
 from trees import packed_shape
 
@@ -56,6 +56,17 @@ def longest_texts(tokenizer, rows, n, max_len):
     found = [(p, own) for p, *own in found if len(p) + max(map(len, own)) <= max_len][:n]
     texts = [(p + a, len(a)) for p, own in found for a in own]
     return [ids for ids, _ in texts], [trained for _, trained in texts]
+
+
+def expected_to_fit(args, model, rows, n):
+    """(rows at once, times accumulated): as many of n rows at once as are expected to leave a quarter of the memory."""
+    longest, cap = sorted((r["input_ids"] for r in rows), key=len, reverse=True), cap_memory(args.max_vram_gb)
+    for micro in (m for m in range(n, 0, -1) if n % m == 0):
+        texts = longest[:micro] * (2 if "chosen_ids" in rows[0] else 1)
+        gib, _ = expected_step(args, model.config, model.precision, (texts, [2] * len(texts)))
+        if gib < 0.75 * cap:  # the allocator reserves up to a fifth more than the tensors
+            break
+    return micro, n // micro
 
 
 def fit_micro_batch(trainer):

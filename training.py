@@ -188,7 +188,8 @@ def trainer_class(trainer, task, dev):
             trainable = [p for p in self.model.parameters() if p.requires_grad]
             for p in trainable:  # TRL casts them to bf16 on a quantised base, where small steps round to nothing
                 p.data = p.data.float()
-            fuse(self.model)
+            if not self.is_fsdp_enabled:  # which lends a projection its weights only while that module runs
+                fuse(self.model)
             n, total = sum(p.numel() for p in trainable), sum(p.numel() for p in self.model.parameters())
             print(f"trainable: {n:,} of {total:,} parameters ({n / total:.2%})")
 
@@ -327,6 +328,10 @@ def training_arguments(args, model, rows, dev):
     cuda, large = torch.cuda.is_available(), model.precision == "nf4"
     micro, accumulate = micro_batch(args)
     world = int(os.environ.get("WORLD_SIZE", 1))
+    if cuda and world > 1 and not args.micro_batch:  # several processes cannot try what fits: the estimate has to do
+        from memory import expected_to_fit
+
+        micro, accumulate = expected_to_fit(args, model, rows, micro * accumulate)
     epoch = len(rows) / args.batch_size
     steps = args.max_steps if args.max_steps > 0 else max(1, int(args.epochs * epoch))
     every = args.eval_steps or max(1, steps // 8)
@@ -374,6 +379,9 @@ def run_training(trainer, args, task, dev, record, prompts):
         asked = False
 
         def on_step_end(self, _args, state, control, **kwargs):
+            if trainer.args.world_size > 1:  # all processes stop behind the same step
+                anyone = torch.tensor(float(Interrupt.asked), device=trainer.args.device)
+                Interrupt.asked = bool(trainer.accelerator.reduce(anyone, "sum"))
             if Interrupt.asked:
                 control.should_save = control.should_training_stop = True
 
@@ -414,15 +422,17 @@ def run_training(trainer, args, task, dev, record, prompts):
         "peak_tensors_gib": tensors and round(tensors, 2),
         "rows_at_once": -(-trainer.args.per_device_train_batch_size // trainer.parts),
     }
+    # by every process, since under FSDP each holds a part of the weights
+    state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else trainer.model.state_dict()
+    weights = {k: v.to(torch.bfloat16) for k, v in state.items() if "lora_" in k and ".default." in k}
+    scores = dev_scores(trainer.model, trainer.processing_class, task, dev) if task and dev else None
     if trainer.is_world_process_zero():
-        finish(trainer, args, task, dev, record, prompts)
+        finish(trainer, args, task, weights, scores, record, prompts)
     return record
 
 
-def finish(trainer, args, task, dev, record, prompts):
+def finish(trainer, args, task, weights, scores, record, prompts):
     """The adapter folder: weights in bf16, task, calibration fitted on development rows, curve, run.json, card."""
-    import torch
-
     folder, model = Path(args.save_dir), trainer.model
     hashes = {row_hash(p) for p in prompts}
     started_from = getattr(args, "init_adapter", None)
@@ -433,15 +443,14 @@ def finish(trainer, args, task, dev, record, prompts):
     for stale in ("calibration.json", "task.json"):
         (folder / stale).unlink(missing_ok=True)
     part = folder / "adapter.tmp"
-    weights = {k: v.to(torch.bfloat16) for k, v in model.state_dict().items() if "lora_" in k and ".default." in k}
     model.save_pretrained(part, state_dict=weights, selected_adapters=["default"])
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         os.replace(part / name, folder / name)
     shutil.rmtree(part)
     if task:
         task.save(folder / "task.json")
-    if task and dev:
-        raw, prior, y = dev_scores(model, trainer.processing_class, task, dev)
+    if scores:
+        raw, prior, y = scores
         fit = fit_and_save(folder, task, raw, prior, y)
         record["dev"] = {"rows": len(y), "accuracy": float((fit(raw, prior).argmax(1) == y).mean())}
     draw_curve(trainer.state.log_history, folder / "curve.png")
