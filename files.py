@@ -1,0 +1,161 @@
+"""Files and errors: one line for the user where something is wrong with a file, and no file half-written."""
+
+import hashlib
+import json
+import os
+import re
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+class UserError(Exception):
+    """Something the user can mend. The message is one line: file, line, field, what was expected."""
+
+
+def cli(main, args):
+    """Run `main(args)` as a script does: a UserError or an operating-system error is one line and exit code 2.
+
+    Of several processes (`accelerate launch`) the first one alone prints what is no error.
+    """
+    if int(os.environ.get("RANK", 0)):
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    try:
+        return main(args)
+    except UserError as e:
+        message = str(e)
+    except OSError as e:  # full disk, missing permission, ...
+        message = f"{e.filename or 'file system'}: {e.strerror or e}"
+    except (SafetensorError, RuntimeError) as e:  # how safetensors and torch report a full disk
+        if not re.search(r"I/O error|writing file|out of memory", str(e)):
+            raise
+        message = str(e).split("\n")[0]
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def positive(kind):
+    """An argparse type: an int or float above zero."""
+
+    def parse(text):
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise ValueError
+        return value
+
+    parse.__name__ = f"number above 0, {kind.__name__}"
+    return parse
+
+
+@contextmanager
+def atomic_write(path, mode="w"):
+    """Open `path` for writing under a temporary name; it appears by rename, whole, or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(tmp, mode, encoding=None if "b" in mode else "utf-8") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def write_json(path, obj):
+    with atomic_write(path) as f:
+        json.dump(obj, f, indent=1, ensure_ascii=False)
+        f.write("\n")
+
+
+def write_jsonl(path, rows):
+    with atomic_write(path) as f:
+        f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+
+
+def read_text(path):
+    """Text of a UTF-8 file; UserError when it is missing, empty or not text."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: expected UTF-8 text, byte {e.start} is none") from None
+    if not text.strip():
+        raise UserError(f"{path}: the file is empty")
+    return text
+
+
+def parse_json(text, path, line=None):
+    """The value of one JSON text; UserError naming file and line (`line`, or the line within the text)."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as e:
+        raise UserError(f"{path}:{line or e.lineno}: not JSON: {e.msg}") from None
+    except (ValueError, RecursionError) as e:  # JSON, but a number or a depth that Python does not take
+        place = f"{path}:{line}" if line else path
+        raise UserError(f"{place}: {'nested too deep' if isinstance(e, RecursionError) else e}") from None
+
+
+def read_json(path):
+    return parse_json(read_text(path), path)
+
+
+def read_rows(path, fields, optional=None):
+    """Rows of a JSON list or a JSONL file, each checked against its fields.
+
+    fields, optional: {name: type or tuple of types}; a required string must also hold more than white space.
+    Errors: UserError naming file, line (or item of the list), field and what was expected.
+    """
+    text = read_text(path)
+    if str(path).endswith(".json") or text.lstrip().startswith("["):
+        rows = parse_json(text, path)
+        if not isinstance(rows, list):
+            raise UserError(f"{path}: expected a JSON list of rows, got {type(rows).__name__}")
+        places = [f"{path}: item {i}" for i in range(1, len(rows) + 1)]
+    else:
+        rows, places = [], []
+        for i, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                rows.append(parse_json(line, path, i))
+                places.append(f"{path}:{i}")
+    if not rows:
+        raise UserError(f"{path}: no rows")
+    for place, row in zip(places, rows, strict=True):
+        check_row(place, row, fields, optional or {})
+    return rows
+
+
+def check_row(place, row, fields, optional):
+    """One row against {field: type}; UserError beginning with `place`."""
+    if not isinstance(row, dict):
+        raise UserError(f"{place}: expected an object, got {type(row).__name__}")
+    for name, kind in {**fields, **optional}.items():
+        value = row.get(name)
+        if name not in row or (value is None and name in optional):
+            if name in fields:
+                raise UserError(f"{place}: field '{name}' is missing; expected {sorted(fields)}")
+            continue
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            names = " or ".join(k.__name__ for k in kinds)
+            raise UserError(f"{place}: field '{name}': expected {names}, got {type(value).__name__}")
+        if isinstance(value, str) and name in fields and not value.strip():
+            raise UserError(f"{place}: field '{name}' is empty")
+        if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
+            raise UserError(f"{place}: field '{name}': half a character (a lone surrogate); expected text")
+
+
+def sha256(text):
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
