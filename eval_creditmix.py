@@ -12,6 +12,7 @@ import argparse
 import functools
 import json
 import os
+import re
 import sys
 from collections import Counter
 from dataclasses import asdict
@@ -28,6 +29,7 @@ from common import (
     LabelScorer,
     Task,
     UserError,
+    atomic_write,
     cli,
     dev_split,
     device,
@@ -91,7 +93,9 @@ def main(args):
         right[name] = best.argmax(1) == y
         for line, r, s in zip(predictions, raw, best, strict=True):
             line[name] = {"prediction": task.labels[int(s.argmax())], "raw": r.tolist(), "scores": s.tolist()}
-        draw(name, best, y, task, out)
+        same = sum(Path(other).name == Path(name).name for other in args.model_dir) > 1
+        picture = re.sub(r"[^\w.-]+", "_", str(name)).strip("_") if same else Path(name).name
+        draw(name, best, y, task, out / f"{picture}.png")
     report["mcnemar"] = [
         {"a": a, "b": b, **mcnemar(right[a], right[b])} for a, b in combinations(args.model_dir, 2) if a != b
     ]
@@ -100,7 +104,8 @@ def main(args):
     print(text)
     write_json(out / "report.json", report)
     write_jsonl(out / "predictions.jsonl", predictions)
-    (out / "report.txt").write_text(text + "\n", encoding="utf-8")
+    with atomic_write(out / "report.txt") as f:
+        f.write(text + "\n")
     print(f"report.json, predictions.jsonl and pictures in {out}")
 
 
@@ -327,8 +332,8 @@ def table(report, task):
     return "\n".join(lines)
 
 
-def draw(name, scores, y, task, out):
-    """Confusion matrix, reliability and risk-coverage of one model, as NAME.png."""
+def draw(name, scores, y, task, path):
+    """Confusion matrix, reliability and risk-coverage of one model, as a picture."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -358,8 +363,8 @@ def draw(name, scores, y, task, out):
     last.set(xlabel="coverage, surest rows first", ylabel="error", title="risk-coverage", ylim=(0, None))
     figure.suptitle(f"{name}, {len(y)} rows")
     figure.tight_layout()
-    out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out / f"{Path(name).name}.png", dpi=110)
+    with atomic_write(path, "wb") as f:
+        figure.savefig(f, dpi=110, format="png")
     plt.close(figure)
 
 
