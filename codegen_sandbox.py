@@ -342,4 +342,6 @@ def verdict_of(nonce, said, stopped, returncode):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 1 or sys.stdin.isatty():
+        sys.exit("not run by hand: infer_codegen.py and eval_codegen.py start it with a job on standard input")
     child()

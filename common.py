@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,6 +29,8 @@ from files import (  # noqa: F401 - every stage takes these from here
     write_jsonl,
 )
 
+# transformers warns of what it does itself
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 ROOT = Path(__file__).resolve().parent
 VAL_FRAC = 0.35  # of the customers: leaves 1,500 held-out rows in the smallest class of the public data
 SEED = 42

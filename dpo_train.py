@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from common import UserError, adapter_base, cli, label_classes
+from common import UserError, adapter_base, cli, label_classes, positive
 from training import (
     add_arguments,
     dataset,
@@ -50,7 +50,7 @@ def main(args):
     import torch
     from trl import DPOConfig, DPOTrainer
 
-    options = training_arguments(args, model, train, dev) | {
+    options = training_arguments(args, model, train, dev, task) | {
         "beta": args.beta,
         "loss_type": ["sigmoid", "sft"] if args.sft_weight else ["sigmoid"],
         "loss_weights": [1.0, args.sft_weight] if args.sft_weight else None,
@@ -58,8 +58,6 @@ def main(args):
         "precompute_ref_batch_size": 64 if torch.cuda.is_available() else 8,  # no gradients, so little memory
         "max_length": None,
     }
-    if task:  # a margin says less than what is served
-        options |= {"metric_for_best_model": "eval_label_log_loss"}
 
     class Pretokenized(DPOTrainer):
         def _prepare_dataset(self, dataset, *_):  # the ids that serving sees, from common's prompt builder
@@ -94,6 +92,14 @@ def pairs(tokenizer, rows, max_len):
     return out, {reason: dropped[reason] + also[reason] for reason in dropped}
 
 
+def weight(text):
+    """An argparse type: a float of at least 0."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise ValueError
+    return value
+
+
 def chosen_watch():
     """A callback that warns when the chosen answers themselves grow less likely, which the margin hides."""
     from transformers import TrainerCallback
@@ -120,7 +126,12 @@ def chosen_watch():
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, "data/creditmix_dpo.jsonl", "runs/creditmix_dpo", 1e-4)
-    parser.add_argument("--beta", type=float, default=0.1, help="how far the policy may leave the reference (0.1)")
-    parser.add_argument("--sft_weight", type=float, default=0.0, help="weight of an added SFT term (default: 0)")
+    parser.add_argument("--beta", type=positive(float), default=0.3, help="how close to the reference (default: 0.3)")
+    parser.add_argument(
+        "--sft_weight",
+        type=weight,
+        default=1.0,
+        help="of an SFT term that holds the chosen answers (default: 1)",
+    )
     parser.add_argument("--init_adapter", type=Path, help="start from this adapter; it is then the reference too")
     cli(main, parser.parse_args())

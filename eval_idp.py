@@ -59,8 +59,8 @@ def canonical(value):
     """
     if isinstance(value, bool) or value is None:
         return value
-    if isinstance(value, (int, float)):
-        return ("number", round(float(value), 2))
+    if isinstance(value, (int, float)):  # a weak model may write an integer that no float holds
+        return ("number", round(float(value), 2) if abs(value) < 1e15 else value)
     amount = re.fullmatch(r"\s*\D{0,4}?\s*(-?\d[\d,]*\.\d\d?)\s*\D{0,4}", value)
     if amount:
         return ("number", round(float(amount[1].replace(",", "")), 2))

@@ -269,7 +269,7 @@ def answer(model, tokenizer, args, tests):
     torch.manual_seed(args.seed)
     stream = sys.stdout.isatty() and args.n == 1 and tests is None and not args.json
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
-    kinds = Counter()
+    kinds, written = Counter(), 0
     for start in range(0, args.n, args.batch_size):
         rows = sample(model, tokenizer, [args.prompt] * min(args.batch_size, args.n - start), args, streamer)
         verdicts = run_many([(row["code"], tests) for row in rows]) if tests is not None else [None] * len(rows)
@@ -280,8 +280,12 @@ def answer(model, tokenizer, args, tests):
             if verdict is None or verdict["kind"] == "passed":
                 if not stream:
                     show(row, verdict, args, k)
+                written += bool(row["code"].strip())
                 if verdict:
                     return
+    if tests is None and not written:
+        print("no code in the reply; expected a larger --max_new_tokens or another --seed", file=sys.stderr)
+        sys.exit(1)
     if tests is not None:
         print(f"no sample passes the tests: {dict(kinds)}", file=sys.stderr)
         sys.exit(1)

@@ -64,7 +64,7 @@ def main(args):
 
     kind = trainer_class(SFTTrainer, task, dev)
     loss, columns = "sequence", ["input_ids", "labels"]
-    options = training_arguments(args, model, train, dev)
+    options = training_arguments(args, model, train, dev, task)
     if by_distribution:
         loss, columns = "label distribution", ["prompt_ids", "teacher", "gold"]
         kind = distribution_trainer(kind, label_trie(tokenizer, task.labels), args)

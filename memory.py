@@ -22,7 +22,7 @@ def expected_memory(config, precision, shape, lora_r, checkpointing):
     """GiB of tensors at the peak of a training step, from the config alone.
 
     shape: (trees or rows B, width L, trained tokens K) of a micro-batch (trees.packed_shape). Not in it: the CUDA
-    context (some 0.4 GiB), what the allocator reserves beyond the tensors (up to a fifth), and a paged optimizer's
+    context (some 0.4 GiB), what the allocator reserves beyond the tensors (a seventh to two fifths), and a paged optimizer's
     state, which torch does not allocate. The three coefficients were fitted on tests/bench_train.py.
     """
     c = config.get_text_config()
@@ -64,7 +64,7 @@ def expected_to_fit(args, model, rows, n):
     for micro in (m for m in range(n, 0, -1) if n % m == 0):
         texts = longest[:micro] * (2 if "chosen_ids" in rows[0] else 1)
         gib, _ = expected_step(args, model.config, model.precision, (texts, [2] * len(texts)))
-        if gib < 0.75 * cap:  # the allocator reserves up to a fifth more than the tensors
+        if gib < 0.75 * cap:  # the allocator reserves a seventh to two fifths more than the tensors
             break
     return micro, n // micro
 

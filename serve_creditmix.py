@@ -272,7 +272,8 @@ class Engine:
         base, task, shown = self.config.base, self.config.task, relative(folder)
         if not (folder / "adapter_config.json").is_file():
             raise UserError(
-                f"{shown}: no adapter; train it: python {name}_train.py --student {base} --save_dir {shown}"
+                f"{shown}: no adapter; train it: python {name}_train.py --student {base} "
+                f"--data data/{task.name}_{name}.jsonl --save_dir {shown}"
             )
         if Path(common.adapter_base(folder)).resolve() != Path(base).resolve():
             raise UserError(f"{shown}: trained on {common.adapter_base(folder)}; expected {base}")

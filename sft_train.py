@@ -37,7 +37,7 @@ def main(args):
 
     trainer = trainer_class(SFTTrainer, task, dev)(
         model=lora(model, args),
-        args=SFTConfig(**training_arguments(args, model, train, dev), max_length=None, shuffle_dataset=False),
+        args=SFTConfig(**training_arguments(args, model, train, dev, task), max_length=None, shuffle_dataset=False),
         train_dataset=dataset(train, "input_ids", "labels"),
         eval_dataset=dataset(dev, "input_ids", "labels"),
         processing_class=tokenizer,

@@ -2,6 +2,8 @@
 
 import json
 import os
+import platform
+import shlex
 import shutil
 import signal
 import sys
@@ -95,8 +97,9 @@ def encode(tokenizer, rows, max_len, prompt, answer):
 def describe(tokenizer, rows, dropped):
     """Print what is about to be trained on: lengths, drops, and one row with its trained tokens marked."""
     lengths = sorted(len(r["input_ids"]) for r in rows)
+    gone = ", ".join(f"{n} {why}" for why, n in dropped.items() if n)
     at = {q: lengths[min(int(len(lengths) * q / 100), len(lengths) - 1)] for q in (50, 95, 100)}
-    print(f"{len(rows)} rows; tokens a row: median {at[50]}, 95% {at[95]}, longest {at[100]}; dropped: {dropped}")
+    print(f"{len(rows)} rows; tokens a row: median {at[50]}, 95% {at[95]}, longest {at[100]}; {gone or 'none'} dropped")
     n = rows[0]["labels"].count(-100)
     prompt, trained = tokenizer.decode(rows[0]["input_ids"][:n]), tokenizer.decode(rows[0]["input_ids"][n:])
     print(f"one row, the trained tokens between >>> and <<<:\n{prompt}>>>{trained}<<<")
@@ -257,23 +260,8 @@ def dev_scores(model, tokenizer, task, dev):
 # The run
 
 
-SAME = (
-    "student",
-    "data",
-    "task",
-    "seed",
-    "batch_size",
-    "max_steps",
-    "epochs",
-    "lora_r",
-    "init_adapter",
-    "alpha",
-    "beta",
-    "teacher",
-    "teacher_model",
-    "temperature",
-    "top_k",
-)
+# what a resumed run may have otherwise; everything else must be the same, so that a new flag is never forgotten
+FREE = {"save_dir", "resume_from_checkpoint", "micro_batch", "max_vram_gb", "eval_steps", "teacher_timeout"}
 
 
 def start_run(args, route, write=True):
@@ -283,7 +271,7 @@ def start_run(args, route, write=True):
     write=False only looks, for a stage that computes something long before its run starts.
     """
     now = {"route": route, "student": args.student, "data_sha256": file_sha256(args.data)}
-    now |= {k: str(v) for k, v in vars(args).items() if k in SAME}
+    now |= {k: str(v) for k, v in vars(args).items() if k not in FREE}
     if not args.resume_from_checkpoint:
         if list(Path(args.save_dir).glob("checkpoint-*")):
             raise UserError(f"{args.save_dir}: an unfinished run; expected --resume_from_checkpoint last")
@@ -321,7 +309,7 @@ def micro_batch(args):
     return micro, own // micro
 
 
-def training_arguments(args, model, rows, dev):
+def training_arguments(args, model, rows, dev, task):
     """What TRL's three configs have in common. The effective batch is what was asked, whatever fits at once."""
     import torch
 
@@ -334,7 +322,7 @@ def training_arguments(args, model, rows, dev):
         micro, accumulate = expected_to_fit(args, model, rows, micro * accumulate)
     epoch = len(rows) / args.batch_size
     steps = args.max_steps if args.max_steps > 0 else max(1, int(args.epochs * epoch))
-    every = args.eval_steps or max(1, steps // 8)
+    every = args.eval_steps or max(2, steps // 8)  # the first step has learning rate 0
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(args.save_dir) / "tensorboard")
     print(f"{steps} steps of {micro} x {accumulate} accumulated x {world} processes; evaluation every {every}")
     return {
@@ -346,7 +334,7 @@ def training_arguments(args, model, rows, dev):
         "gradient_accumulation_steps": accumulate,
         "learning_rate": args.lr,
         "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.03,
+        "warmup_steps": 0.03,  # below 1 it is a share
         "optim": "paged_adamw_32bit" if cuda and large else "adamw_torch",
         "bf16": model.precision != "fp32",
         # recomputing activations costs a forward pass; a small model has room for them. TRL still asks by the old name
@@ -357,11 +345,11 @@ def training_arguments(args, model, rows, dev):
         "save_steps": every,
         "save_total_limit": 2,
         "load_best_model_at_end": bool(dev),
-        "metric_for_best_model": "eval_loss",
+        "metric_for_best_model": "eval_label_log_loss" if task else "eval_loss",  # what serving ranks by
         "greater_is_better": False,
         "logging_steps": max(1, min(10, steps // 20)),
         "report_to": "tensorboard",
-        "dataloader_pin_memory": cuda and "microsoft" not in os.uname().release,  # WSL2 limits pinned memory
+        "dataloader_pin_memory": cuda and "microsoft" not in platform.release(),  # WSL2 limits pinned memory
         "use_cpu": not cuda,
         "seed": args.seed,
     }
@@ -434,6 +422,10 @@ def run_training(trainer, args, task, dev, record, prompts):
 def finish(trainer, args, task, weights, scores, record, prompts):
     """The adapter folder: weights in bf16, task, calibration fitted on development rows, curve, run.json, card."""
     folder, model = Path(args.save_dir), trainer.model
+    if not any(w.any() for name, w in weights.items() if "lora_B" in name):
+        raise UserError(
+            f"{folder}: the best step is one that changed nothing; expected more --max_steps or --eval_steps"
+        )
     hashes = {row_hash(p) for p in prompts}
     started_from = getattr(args, "init_adapter", None)
     if started_from and (started_from / "train_rows.txt").is_file():
@@ -458,38 +450,45 @@ def finish(trainer, args, task, weights, scores, record, prompts):
     write_card(folder, record, args)
     for checkpoint in folder.glob("checkpoint-*"):  # the best of them is the adapter now
         shutil.rmtree(checkpoint)
-    speed = f"{record['samples_per_s']} samples/s, {record['seconds']} s, peak {record['peak_gib']} GiB"
-    print(f"adapter in {folder}: {speed}")
+    peak = f", peak {record['peak_gib']} GiB" if record["peak_gib"] else ""
+    print(f"adapter in {folder}: {record['samples_per_s']} samples/s, {record['seconds']} s{peak}")
+    if "dev" in record:
+        print(
+            f"development accuracy {record['dev']['accuracy']:.3f}; next: python eval_creditmix.py --model_dir {folder}"
+        )
 
 
 def draw_curve(history, path):
-    """Loss and development accuracy by step."""
+    """Loss, and development accuracy where there is one, by step."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(7, 4))
-    for key, label in (
-        ("loss", "training loss"),
-        ("eval_loss", "development loss"),
-        ("eval_accuracy", "development accuracy"),
+    points = {k: [(h["step"], h[k]) for h in history if k in h] for k in ("loss", "eval_loss", "eval_accuracy")}
+    figure, axes = plt.subplots(1, 2 if points["eval_accuracy"] else 1, figsize=(10, 4), squeeze=False)
+    for key, label, axis in (
+        ("loss", "training", axes[0, 0]),
+        ("eval_loss", "development", axes[0, 0]),
+        ("eval_accuracy", "development", axes[0, -1]),
     ):
-        points = [(h["step"], h[key]) for h in history if key in h]
-        if points:
-            axis.plot(*zip(*points, strict=True), marker="." if key != "loss" else None, label=label)
-    axis.set_xlabel("step")
-    axis.legend()
+        if points[key]:
+            axis.plot(*zip(*points[key], strict=True), marker="." if key != "loss" else None, label=label)
+            axis.set(xlabel="step", ylabel="accuracy" if key == "eval_accuracy" else "loss")
+            axis.legend()
     figure.tight_layout()
     with atomic_write(path, "wb") as f:
         figure.savefig(f, dpi=110, format="png")
     plt.close(figure)
 
 
+HUB = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # what the hub and vLLM call the embedded student
+
+
 def write_card(folder, record, args):
     lines = [
         "---",
-        f"base_model: {args.student}",
+        f"base_model: {HUB.get(args.student, args.student)}",
         "library_name: peft",
         "---",
         f"# {folder.name}",
@@ -501,8 +500,12 @@ def write_card(folder, record, args):
         f"- {record['steps']} steps, {record['precision']}, {record['seconds']} s, {record['samples_per_s']} samples/s",
     ]
     if "dev" in record:
-        lines.append(f"- development accuracy {record['dev']['accuracy']:.3f} on {record['dev']['rows']} rows (fitted)")
-    flags = " ".join(f"--{k} {v}" for k, v in vars(args).items() if v is not None and k != "resume_from_checkpoint")
+        lines.append(
+            f"- development accuracy {record['dev']['accuracy']:.3f} on {record['dev']['rows']} rows (fitted), those "
+            "that chose checkpoint and calibration: eval_creditmix.py has the held-out figure"
+        )
+    given = {k: v for k, v in vars(args).items() if v is not None and k != "resume_from_checkpoint"}
+    flags = shlex.join(str(word) for k, v in given.items() for word in (f"--{k}", v))
     lines += ["", "Made by:", "", f"    python {Path(sys.argv[0]).name} {flags}", ""]
     lines += ["Its text comes from `run.json` beside it, which holds versions, hardware and the loss.", ""]
     with atomic_write(folder / "README.md") as f:
