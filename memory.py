@@ -22,8 +22,8 @@ def expected_memory(config, precision, shape, lora_r, checkpointing):
     """GiB of tensors at the peak of a training step, from the config alone.
 
     shape: (trees or rows B, width L, trained tokens K) of a micro-batch (trees.packed_shape). Not in it: the CUDA
-    context (some 0.4 GiB), what the allocator reserves beyond the tensors (a seventh to two fifths), and a paged optimizer's
-    state, which torch does not allocate. The three coefficients were fitted on tests/bench_train.py.
+    context (some 0.4 GiB), what the allocator reserves beyond the tensors (a seventh to two fifths), and the state of a
+    paged optimizer, which torch does not allocate. The three coefficients were fitted on tests/bench_train.py.
     """
     c = config.get_text_config()
     hidden, inner, layers = c.hidden_size, c.intermediate_size, c.num_hidden_layers
