@@ -60,6 +60,19 @@ def positive(kind):
     return parse
 
 
+def between(kind, low, high):
+    """An argparse type: an int or float from `low` to `high`, both included."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise ValueError
+        return value
+
+    parse.__name__ = f"number from {low} to {high}, {kind.__name__}"
+    return parse
+
+
 @contextmanager
 def atomic_write(path, mode="w"):
     """Open `path` for writing under a temporary name; it appears by rename, whole, or not at all."""
@@ -196,6 +209,8 @@ class Task:
             values = d[field]
             if len(values) < least or not all(isinstance(v, str) for v in values):
                 raise UserError(f"{path}: field '{field}': expected a list of at least {least} strings")
+            for value in values:
+                check_row(path, {field: value}, {}, {field: str})
         labels = d["labels"]
         if len(set(labels)) < len(labels) or not all(label.strip() == label != "" for label in labels):
             raise UserError(f"{path}: field 'labels': expected different labels without surrounding white space")

@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from common import UserError, adapter_base, cli, label_classes
+from common import UserError, adapter_base, between, cli, label_classes, positive
 from training import (
     add_arguments,
     dataset,
@@ -120,7 +120,11 @@ def chosen_watch():
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, "data/creditmix_dpo.jsonl", "runs/creditmix_dpo", 1e-4)
-    parser.add_argument("--beta", type=float, default=0.1, help="how far the policy may leave the reference (0.1)")
-    parser.add_argument("--sft_weight", type=float, default=0.0, help="weight of an added SFT term (default: 0)")
+    parser.add_argument(
+        "--beta", type=positive(float), default=0.1, help="how far the policy may leave the reference (0.1)"
+    )
+    parser.add_argument(
+        "--sft_weight", type=between(float, 0, 1000), default=0.0, help="weight of an added SFT term (default: 0)"
+    )
     parser.add_argument("--init_adapter", type=Path, help="start from this adapter; it is then the reference too")
     cli(main, parser.parse_args())
