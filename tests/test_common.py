@@ -83,7 +83,6 @@ def test_missing_and_binary_files(tmp_path):
     ],
 )
 def test_a_bad_task_file_is_named(tmp_path, change, message):
-    from common import write_json
 
     path = tmp_path / "task.json"
     bad = {"name": "t", "labels": ["a", "b"], "template": "{input}", "null_inputs": ["", "x"], **change}
