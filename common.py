@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from files import (  # noqa: F401 - every stage takes these from here
     UserError,
     atomic_write,
+    between,
     check_row,
     cli,
     file_sha256,
@@ -63,6 +64,8 @@ class Task:
             values = d[field]
             if len(values) < least or not all(isinstance(v, str) for v in values):
                 raise UserError(f"{path}: field '{field}': expected a list of at least {least} strings")
+            for value in values:
+                check_row(path, {field: value}, {}, {field: str})
         labels = d["labels"]
         if len(set(labels)) < len(labels) or not all(label.strip() == label != "" for label in labels):
             raise UserError(f"{path}: field 'labels': expected different labels without surrounding white space")
@@ -213,14 +216,15 @@ def choose_precision(config, precision="auto"):
 
 def base_config(name):
     """(path, config, tokenizer) of what load_base takes, without its weights; UserError when there is no such model."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoTokenizer
 
     path = embedded_student() if name == EMBEDDED else name
     try:
         config = AutoConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as e:
-        reason = str(e).strip().split("\n")[0]
+    except (OSError, ValueError, StrictDataclassError) as e:
+        reason = " ".join(str(e).split())[:300]
         raise UserError(
             f"{name}: neither a model folder nor a model that the hub gave; expected a folder, a hub id with network "
             f"or in the cache, or {EMBEDDED} ({reason})"
@@ -261,7 +265,7 @@ def load_base(name, precision="auto"):
         kwargs |= {"device_map": "auto", "offload_folder": os.environ["OFFLOAD_FOLDER"]}
     try:
         model = AutoModelForCausalLM.from_pretrained(path, **kwargs).eval()
-    except (OSError, ValueError, SafetensorError) as e:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         raise UserError(f"{name}: its weights do not load: {str(e).strip().splitlines()[0]}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -289,8 +293,9 @@ def add_adapter(model, folder, name="default", trainable=False):
         else:
             base, model = model, PeftModel.from_pretrained(model, folder, adapter_name=name, is_trainable=trainable)
             model.precision = base.precision
-    except (RuntimeError, ValueError, SafetensorError) as e:
-        raise UserError(f"{folder}: does not load on {model.config.name_or_path}: {str(e).splitlines()[0]}") from None
+    except (RuntimeError, ValueError, TypeError, LookupError, SafetensorError) as e:
+        reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+        raise UserError(f"{folder}: does not load on {model.config.name_or_path}: {reason}") from None
     # PEFT leaves what it did not find at its initial zero, and the base model would answer (peft#2699)
     zero = [n for n, p in model.named_parameters() if f"lora_B.{name}." in n and not p.any()]
     if zero:

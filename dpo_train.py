@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from common import UserError, adapter_base, cli, label_classes, positive
+from common import UserError, adapter_base, between, cli, label_classes, positive
 from training import (
     add_arguments,
     dataset,
@@ -92,14 +92,6 @@ def pairs(tokenizer, rows, max_len):
     return out, {reason: dropped[reason] + also[reason] for reason in dropped}
 
 
-def weight(text):
-    """An argparse type: a float of at least 0."""
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise ValueError
-    return value
-
-
 def chosen_watch():
     """A callback that warns when the chosen answers themselves grow less likely, which the margin hides."""
     from transformers import TrainerCallback
@@ -129,7 +121,7 @@ if __name__ == "__main__":
     parser.add_argument("--beta", type=positive(float), default=0.3, help="how close to the reference (default: 0.3)")
     parser.add_argument(
         "--sft_weight",
-        type=weight,
+        type=between(float, 0, 1000),
         default=1.0,
         help="of an SFT term that holds the chosen answers (default: 1)",
     )

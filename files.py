@@ -52,6 +52,19 @@ def positive(kind):
     return parse
 
 
+def between(kind, low, high):
+    """An argparse type: an int or float from `low` to `high`, both included."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise ValueError
+        return value
+
+    parse.__name__ = f"number from {low} to {high}, {kind.__name__}"
+    return parse
+
+
 @contextmanager
 def atomic_write(path, mode="w"):
     """Open `path` for writing under a temporary name; it appears by rename, whole, or not at all."""

@@ -37,11 +37,21 @@ def fuse(model):
 
 
 def fusable(layer):
-    """Whether a PEFT layer is one plain LoRA adapter on a linear layer in 4, 16 or 32 bits."""
+    """Whether a PEFT layer is one plain LoRA adapter on a linear layer in 4, 16 or 32 bits.
+
+    A weight on meta is offloaded: accelerate's own forward pass brings it in.
+    """
     from bitsandbytes.nn import Linear4bit
 
-    base = type(layer.get_base_layer()) in (torch.nn.Linear, Linear4bit)
-    return base and not layer.lora_variant and "default" in layer.lora_A and layer.lora_B["default"].bias is None
+    base = layer.get_base_layer()
+    if type(base) not in (torch.nn.Linear, Linear4bit) or base.weight.is_meta or packed(base):
+        return False
+    return not layer.lora_variant and "default" in layer.lora_A and layer.lora_B["default"].bias is None
+
+
+def packed(base):
+    """Whether bitsandbytes has rewritten a 4-bit weight for its CPU kernel, which has no gradient of the input."""
+    return getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False)
 
 
 def gated(module):
@@ -54,7 +64,8 @@ def projections(mlp):
 
 def is_rms_norm(norm):
     """Whether a module is weight * x / rms(x) as torch computes it; Gemma's, for one, adds 1 to the weight."""
-    if not (hasattr(norm, "variance_epsilon") and getattr(norm, "weight", None) is not None):
+    weight = getattr(norm, "weight", None)
+    if not hasattr(norm, "variance_epsilon") or weight is None or weight.is_meta:
         return False
     with torch.no_grad():
         x = torch.linspace(-1, 2, norm.weight.numel(), device=norm.weight.device, dtype=norm.weight.dtype)[None]
@@ -80,9 +91,9 @@ def project(layer, x, *args, **kwargs):
 
 def gated_mlp(mlp, x):
     """The forward pass of down(act(gate(x)) * up(x)): x [..., hidden] -> [..., hidden]."""
-    if as_peft(mlp.gate_proj):
-        return type(mlp).forward(mlp, x)
     gate, up, down = projections(mlp)
+    if as_peft(gate) or any(p._forward_pre_hooks for p in (gate, up, down)):  # a hook brings PEFT's adapter_names
+        return type(mlp).forward(mlp, x)
     outer, inner = feature_mask(gate, x), feature_mask(down, x)
     matrices = (*adapter(gate, x, outer), *adapter(up, x, outer), *adapter(down, x, inner))
     kept = []
@@ -172,7 +183,7 @@ class GatedMlp(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             weights = [dense(p.get_base_layer(), x.dtype) for p in projections(mlp)]
             scales = [p.scaling["default"] for p in projections(mlp)]
-            out = torch.empty_like(x).view(-1, x.shape[-1])
+            out = x.new_empty(x.shape).view(-1, x.shape[-1])
             for part, to in zip(x.reshape(-1, x.shape[-1]).split(CHUNK), out.split(CHUNK), strict=True):
                 gate, _ = lora(part, *weights[0], gate_a, gate_b, scales[0])
                 up, _ = lora(part, *weights[1], up_a, up_b, scales[1])
@@ -188,7 +199,7 @@ class GatedMlp(torch.autograd.Function):
             weights = [dense(p.get_base_layer(), x.dtype) for p in projections(mlp)]
             scales = [p.scaling["default"] for p in projections(mlp)]
             sums = [torch.zeros_like(m, dtype=torch.float32) for m in matrices]
-            out = torch.empty_like(x).view(-1, x.shape[-1])
+            out = x.new_empty(x.shape).view(-1, x.shape[-1])
             parts = (t.reshape(-1, t.shape[-1]).split(CHUNK) for t in (x, grad.to(x.dtype), out))
             for part, grad_part, to in zip(*parts, strict=True):
                 gate, gate_low = lora(part, *weights[0], gate_a, gate_b, scales[0])

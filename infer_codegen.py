@@ -255,7 +255,7 @@ def check_sampling(args):
             raise UserError(f"--{name} {getattr(args, name)}: expected at least 1")
     if args.temperature is None:
         args.temperature = 0.8 if args.n > 1 else 0.0
-    if args.temperature < 0 or (args.n > 1 and args.temperature == 0):
+    if not 0 <= args.temperature < float("inf") or (args.n > 1 and args.temperature == 0):
         raise UserError(
             f"--temperature {args.temperature:g} with --n {args.n}: expected more than 0 to get {args.n} samples"
         )

@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from common import Calibration, LabelScorer, Task, UserError, atomic_write, cli, load_model, read_rows
+from common import Calibration, LabelScorer, Task, UserError, atomic_write, check_row, cli, load_model, read_rows
 
 
 def main(args):
@@ -21,6 +21,7 @@ def main(args):
         rows = read_rows(args.input, {"question": str})
     elif args.features.strip():
         rows = [{"question": args.features}]
+        check_row("--features", rows[0], {"question": str}, {})
     else:
         raise UserError("--features: the text is empty")
     task = Task.of(args.model_dir, args.task)

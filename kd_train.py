@@ -12,7 +12,7 @@ every token of the answers, given or its own: the top-k log-probs are kept on di
 
 import argparse
 
-from common import UserError, base_config, cli, label_trie, positive
+from common import UserError, base_config, between, cli, label_classes, label_trie, positive
 from teacher_topk import TopK
 from teachers import by_tokens, check, teach
 from training import (
@@ -41,6 +41,9 @@ def main(args):
         raise UserError(
             f"{args.data}: row {untaught[0]}: field 'teacher_output' is missing; expected one, or --teacher"
         )
+    if task:
+        gold = [r if r.get("output") is not None else {"output": task.labels[0]} for r in rows]
+        label_classes(args.data, gold, "output", task)
     if task and any(r.get("teacher_probs") for r in rows):
         add_distributions(args.data, rows, task)
     if args.teacher:
@@ -103,8 +106,6 @@ def add_distributions(path, rows, task):
         values = [p.get(label, 0.0) for label in task.labels]
         if not all(isinstance(v, int | float) and 0 <= v <= 1 for v in values) or abs(sum(values) - 1) > 0.01:
             raise UserError(f"{place}: {values}: expected numbers in [0, 1] that sum to 1")
-        if row.get("output") is not None and row["output"] not in task.labels:
-            raise UserError(f"{path}: row {i}: field 'output': {row['output']!r} is no label; expected {task.labels}")
         row["teacher"] = [v / sum(values) for v in values]
         row["gold"] = task.labels.index(row["output"]) if row.get("output") else -1
 
@@ -236,6 +237,8 @@ if __name__ == "__main__":
     parser.add_argument(
         "--top_k", type=positive(int), default=32, help="teacher's tokens kept for free text (default: 32)"
     )
-    parser.add_argument("--temperature", type=positive(float), default=1.0, help="softens both (default: 1)")
-    parser.add_argument("--alpha", type=float, default=0.0, help="share of gold label or given token (default: 0)")
+    parser.add_argument("--temperature", type=between(float, 0.1, 100), default=1.0, help="softens both (default: 1)")
+    parser.add_argument(
+        "--alpha", type=between(float, 0, 1), default=0.0, help="share of gold label or given token (default: 0)"
+    )
     cli(main, parser.parse_args())

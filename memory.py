@@ -128,7 +128,7 @@ class InParts:
     def training_step(self, model, inputs, num_items_in_batch=None):
         rows = inputs.pop("rows").rows
         if self.args.world_size > 1:  # ranks must stay in step with each other
-            return super().training_step(model, inputs, num_items_in_batch)
+            return self.finite(super().training_step(model, inputs, num_items_in_batch))
         earlier = take_gradients(model)  # of this step's micro-batches so far
         while True:
             try:
@@ -145,6 +145,12 @@ class InParts:
             print(f"out of memory at step {self.state.global_step + 1}: {at_once} rows at once from here on")
         for p, g in earlier:
             p.grad = g if p.grad is None else p.grad.add_(g)
+        return self.finite(loss)
+
+    def finite(self, loss):  # else the run would go on to the end and write an adapter of NaN
+        if not loss.isfinite():
+            step = self.state.global_step + 1
+            raise UserError(f"step {step}: the loss is {loss.item()}; expected a smaller --lr, in a fresh --save_dir")
         return loss
 
     def in_parts(self, step, model, inputs, rows, num_items_in_batch):

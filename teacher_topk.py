@@ -9,6 +9,7 @@ import sys
 from functools import cache
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from common import UserError, atomic_write, completion_ids, load_model, prompt_ids, sha256
 from teachers import cache_folder, free, identity, one_process, shared_vocabulary
@@ -40,10 +41,11 @@ class TopK:
         ]
         names = [sha256(json.dumps([who, self.k, self.size, text]))[:16] for text in texts]
         self.paths = [folder / f"topk-{name}.safetensors" for name in names]
-        todo = [i for i, path in enumerate(self.paths) if not path.is_file()]
+        todo = [i for i, path in enumerate(self.paths) if not self.whole(i, path)]
         if todo:
             one_process(f"--teacher {args.teacher}")
             self._compute(args, tokenizer, todo)
+        opened.cache_clear()  # a file that was computed again is another one
         tokens = sum(map(sum, self.counts))
         kept = sum(float(opened(path).metadata()["kept"]) for path in self.paths)
         self.record = {
@@ -57,6 +59,18 @@ class TopK:
             f"{args.teacher}: top {self.k} at {tokens} tokens in {folder}: {self.record['bytes_a_token']} bytes a "
             f"token, {self.record['kept_mass']:.2%} of the probability; {len(todo)} of {len(self.paths)} shards new"
         )
+
+    def whole(self, shard, path):
+        """Whether a shard lies there and can be read; one that was cut short or is not ours is computed again."""
+        tokens = sum(self.counts[shard])
+        try:
+            found = safe_open(path, "np")
+            shapes = [found.get_slice(name).get_shape() for name in ("ids", "logp")]
+            if float(found.metadata()["kept"]) > 0 and shapes == [[tokens, self.k], [tokens, self.k + 1]]:
+                return True
+        except (OSError, SafetensorError, TypeError, LookupError, ValueError):
+            pass
+        return False
 
     def _compute(self, args, tokenizer, todo):
         from tqdm import tqdm
@@ -84,8 +98,6 @@ class TopK:
 
 @cache
 def opened(path):
-    from safetensors import safe_open
-
     return safe_open(path, "np")  # mapped: only what a batch reads is in memory
 
 

@@ -298,7 +298,9 @@ def ask_endpoint(args, prompts, budget, keep):
 async def ask_all(args, url, prompts, budget, kept):
     import httpx2
 
-    key = os.environ.get("OPENAI_API_KEY")
+    key = os.environ.get("OPENAI_API_KEY", "").strip()  # a line break from a file is no part of it
+    if not (key.isascii() and key.isprintable()):
+        raise UserError("OPENAI_API_KEY: expected printable ASCII characters")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     limits = httpx2.Limits(max_connections=AT_ONCE)
     waiting = iter(prompts)

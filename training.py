@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 from common import (
@@ -19,7 +20,9 @@ from common import (
     add_adapter,
     atomic_write,
     base_config,
+    between,
     cap_memory,
+    check_row,
     choose_precision,
     completion_ids,
     dev_split,
@@ -144,7 +147,12 @@ def load_student(args, rows):
             raise UserError(
                 f"{args.student}: {weights:.1f} GiB of weights in {precision} under {cap:.1f} GiB; {smaller(precision)}"
             )
-    return load_base(args.student, args.precision)
+    model, tokenizer = load_base(args.student, args.precision)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # evaluation would rewrite 4-bit weights for a CPU kernel that gives the layers below no gradient
+            module.support_avx512bf16_for_cpu = False
+    return model, tokenizer
 
 
 def lora_config(args, model):
@@ -272,25 +280,54 @@ def start_run(args, route, write=True):
     """
     now = {"route": route, "student": args.student, "data_sha256": file_sha256(args.data)}
     now |= {k: str(v) for k, v in vars(args).items() if k not in FREE}
+    checkpoints = [p for p in Path(args.save_dir).glob("checkpoint-*") if p.name.split("-")[1].isdecimal()]
+    checkpoints.sort(key=lambda p: int(p.name.split("-")[1]))
     if not args.resume_from_checkpoint:
-        if list(Path(args.save_dir).glob("checkpoint-*")):
+        if any((p / "trainer_state.json").is_file() for p in checkpoints):
             raise UserError(f"{args.save_dir}: an unfinished run; expected --resume_from_checkpoint last")
+        if (Path(args.save_dir) / "README.md").is_file() and not (Path(args.save_dir) / "run.json").is_file():
+            raise UserError(f"{args.save_dir}: its README.md is no run's; expected --save_dir, a folder of its own")
         if write and int(os.environ.get("RANK", 0)) == 0:
+            for part in checkpoints:  # of a run that was killed while it wrote its first
+                shutil.rmtree(part)
             write_json(Path(args.save_dir) / "run.json", {"status": "started", "same": now, **run_record(args)})
         return
     if args.resume_from_checkpoint == "last":
-        whole = [p.parent for p in Path(args.save_dir).glob("checkpoint-*/trainer_state.json")]
-        found = sorted(whole, key=lambda p: int(p.name.split("-")[1]))
+        found = [p for p in checkpoints if (p / "trainer_state.json").is_file()]
         if not found:
             raise UserError(f"{args.save_dir}: no checkpoint to resume from; start without --resume_from_checkpoint")
         args.resume_from_checkpoint = str(found[-1])
     folder = Path(args.resume_from_checkpoint)
     if not (folder / "trainer_state.json").is_file():
         raise UserError(f"{folder}: no checkpoint; expected a folder runs/NAME/checkpoint-STEP, or `last`")
-    before = read_json(folder.parent / "run.json").get("same", {})
+    damaged = damaged_file(folder)
+    if damaged:
+        raise UserError(f"{damaged}: missing or damaged; expected an earlier checkpoint, or {folder} removed")
+    before = read_json(folder.parent / "run.json")
+    check_row(folder.parent / "run.json", before, {"same": dict}, {})
+    before = before["same"]
     for name, value in now.items():
         if before.get(name) != value:
             raise UserError(f"{folder}: field '{name}' of its run.json is {before.get(name)!r}; expected {value!r}")
+
+
+def damaged_file(checkpoint):
+    """The first file of a checkpoint folder that is not there or was not written to its end, or None."""
+    from safetensors import SafetensorError, safe_open
+
+    for name in ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"):
+        path = checkpoint / name
+        try:
+            if path.suffix == ".json":
+                check_row(path, read_json(path), {"global_step": int}, {})
+            elif path.suffix == ".safetensors":
+                safe_open(path, "pt")
+            elif not zipfile.is_zipfile(path):  # torch.save writes one, its directory last
+                return path
+        except (UserError, SafetensorError, OSError):
+            return path
+    states = checkpoint.glob("rng_state*.pth")
+    return next((path for path in states if not zipfile.is_zipfile(path)), None)
 
 
 def micro_batch(args):
@@ -348,6 +385,7 @@ def training_arguments(args, model, rows, dev, task):
         "metric_for_best_model": "eval_label_log_loss" if task else "eval_loss",  # what serving ranks by
         "greater_is_better": False,
         "logging_steps": max(1, min(10, steps // 20)),
+        "logging_nan_inf_filter": False,  # it would show the mean of earlier losses in place of a NaN
         "report_to": "tensorboard",
         "dataloader_pin_memory": cuda and "microsoft" not in platform.release(),  # WSL2 limits pinned memory
         "use_cpu": not cuda,
@@ -426,6 +464,9 @@ def finish(trainer, args, task, weights, scores, record, prompts):
         raise UserError(
             f"{folder}: the best step is one that changed nothing; expected more --max_steps or --eval_steps"
         )
+    broken = [k for k, v in weights.items() if not v.isfinite().all()]
+    if broken:
+        raise UserError(f"{folder}: {broken[0]} holds NaN or infinity, so it is not written; expected a smaller --lr")
     hashes = {row_hash(p) for p in prompts}
     started_from = getattr(args, "init_adapter", None)
     if started_from and (started_from / "train_rows.txt").is_file():
@@ -518,7 +559,9 @@ def add_arguments(p, data, save_dir, lr):
     p.add_argument("--save_dir", type=Path, default=Path(save_dir), help="adapter folder (default: %(default)s)")
     p.add_argument("--task", type=Path, help="label task; default: NAME_task.json beside NAME_sft.jsonl, if there")
     p.add_argument("--epochs", type=positive(float), default=3, help="passes over the rows (default: %(default)s)")
-    p.add_argument("--max_steps", type=int, default=-1, help="stop after so many steps, whatever --epochs says")
+    p.add_argument(
+        "--max_steps", type=positive(int), default=-1, help="stop after so many steps, whatever --epochs says"
+    )
     p.add_argument("--lr", type=positive(float), default=lr, help="peak learning rate (default: %(default)s)")
     p.add_argument("--batch_size", type=positive(int), default=16, help="of all GPUs together (default: 16)")
     p.add_argument("--micro_batch", type=positive(int), help="rows at once; default: the batch on a GPU, 8 on a CPU")
@@ -528,6 +571,11 @@ def add_arguments(p, data, save_dir, lr):
     p.add_argument("--dev_rows", type=positive(int), help="development rows; default: 1000 on a GPU, 100 on a CPU")
     p.add_argument("--eval_steps", type=positive(int), help="steps between evaluations; default: 8 a run")
     p.add_argument("--precision", choices=["auto", "nf4", "bf16", "fp32"], default="auto", help="of the base model")
-    p.add_argument("--seed", type=int, default=SEED, help="of split, order and adapter (default: %(default)s)")
+    p.add_argument(
+        "--seed",
+        type=between(int, 0, 2**32 - 1),
+        default=SEED,
+        help="of split, order and adapter (default: %(default)s)",
+    )
     p.add_argument("--resume_from_checkpoint", metavar="PATH|last", help="go on from a checkpoint of this run")
     return p

@@ -1,5 +1,6 @@
 """Files, task, split, the prompt boundary, the label scorer and calibration, by numbers worked out by hand."""
 
+import json
 import math
 
 import numpy as np
@@ -77,14 +78,15 @@ def test_missing_and_binary_files(tmp_path):
         ({"labels": ["a", " b"]}, "without surrounding white space"),
         ({"template": "no place"}, "expected {input} exactly once"),
         ({"null_inputs": []}, "field 'null_inputs': expected a list of at least 1"),
+        ({"null_inputs": ["\ud800"]}, "field 'null_inputs': half a character"),
         ({"name": 3}, "field 'name': expected str, got int"),
     ],
 )
 def test_a_bad_task_file_is_named(tmp_path, change, message):
-    from common import write_json
 
     path = tmp_path / "task.json"
-    write_json(path, {"name": "t", "labels": ["a", "b"], "template": "{input}", "null_inputs": ["", "x"], **change})
+    bad = {"name": "t", "labels": ["a", "b"], "template": "{input}", "null_inputs": ["", "x"], **change}
+    path.write_text(json.dumps(bad))
     with pytest.raises(UserError) as e:
         Task.load(path)
     assert message in str(e.value)
@@ -220,6 +222,30 @@ def test_a_prompt_over_the_context_is_refused(tiny, task):
 def test_unknown_model_without_network():
     with pytest.raises(UserError, match="neither a model folder nor a model that the hub gave") as e:
         load_model("nobody/no-such-model")
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(("field", "value"), [("hidden_size", "x"), ("hidden_size", 65), ("vocab_size", 7)])
+def test_a_model_folder_with_a_broken_config(tiny, tmp_path, field, value):
+    import shutil
+
+    shutil.copytree(tiny, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {field: value}))
+    with pytest.raises(UserError, match=r"neither a model folder nor|its weights do not load") as e:
+        load_model(tmp_path / "m")
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(("field", "value"), [("peft_type", "NOPE"), ("r", "x"), ("r", 3)])
+def test_an_adapter_with_a_broken_config(tiny, tiny_adapter, tmp_path, field, value):
+    import shutil
+
+    shutil.copytree(tiny_adapter("sft"), tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config | {field: value}))
+    with pytest.raises(UserError, match=f"a: does not load on {tiny}: [A-Z][A-Za-z]+Error: ") as e:
+        load_model(tmp_path / "a")
     assert "\n" not in str(e.value)
 
 

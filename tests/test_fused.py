@@ -92,3 +92,39 @@ def test_fused_layers_step_aside_for_the_reference(tiny):
     fuse(model)
     with model.disable_adapter():
         assert torch.equal(model(ids).logits, expected)
+
+
+def test_fused_layers_heed_the_adapter_of_each_row(tiny):
+    model = student(tiny).eval()
+    model.add_adapter("other", model.peft_config["default"])
+    torch.manual_seed(3)
+    for name, p in model.named_parameters():
+        if ".other." in name:
+            p.data.normal_(0, 0.3)
+    ids, names = torch.arange(36).view(3, 12), ["default", "other", "__base__"]
+    with torch.no_grad():
+        expected = model(ids, adapter_names=names).logits
+        fuse(model)
+        found, alone = model(ids, adapter_names=names).logits, model(ids).logits
+    assert torch.equal(found, expected) and (found - alone).abs().amax((1, 2))[1:].min() > 0.01
+
+
+def test_offloaded_layers_are_left_to_accelerate(tiny):
+    from accelerate import cpu_offload
+
+    model = student(tiny)
+    expected, _ = step(model)
+    for layer in model.get_base_model().model.layers:
+        for part in (layer.mlp.gate_proj.base_layer, layer.self_attn.q_proj.base_layer, layer.input_layernorm):
+            cpu_offload(part, "cpu")
+    assert fuse(model) == (10, 0, 3)
+    assert abs(step(model)[0] - expected) < 1e-5
+
+
+def test_a_weight_rewritten_for_a_cpu_kernel_is_not_taken_for_plain_4_bits(tiny):
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu
+
+    model = student(tiny, quantised=True)
+    base = model.get_base_model().model.layers[0].self_attn.q_proj.base_layer
+    base.weight.data, _ = _convert_weight_packed_for_cpu(base.weight.data, base.weight.quant_state)
+    assert fuse(model) == (13, 2, 5)

@@ -184,6 +184,20 @@ def test_an_endpoint_that_fails_is_named_and_what_it_answered_is_kept(monkeypatc
     assert got == {"a": ("fine", True), "b": ("fine", True)} and "\n" not in str(e.value)
 
 
+def test_the_key_of_an_endpoint_is_sent_without_a_line_break_and_never_printed(monkeypatch):
+    with endpoint(lambda *_: "fine") as server:
+        args = Namespace(teacher=server.url, teacher_model="m", teacher_timeout=20.0)
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\n")
+        teachers.ask_endpoint(args, ["a"], 9, lambda *_: None)
+        assert server.seen[0][1] == "Bearer sk-secret"
+        for key in ("sk-secret\u2026", "sk-se\ncret"):
+            monkeypatch.setenv("OPENAI_API_KEY", key)
+            with pytest.raises(UserError, match="OPENAI_API_KEY: expected printable ASCII characters") as e:
+                teachers.ask_endpoint(args, ["b"], 9, lambda *_: None)
+            assert "sk-se" not in str(e.value)
+        assert len(server.seen) == 1
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -376,6 +390,13 @@ def test_the_top_k_on_disk_is_the_teachers_and_padding_rows_are_sliced(tiny, tea
     assert 8 * 2 + 9 * 2 < record["bytes_a_token"] < 8 * 2 + 9 * 2 + 2 and record["shards_computed"] == 2
     assert abs(record["kept_mass"] - sum(masses) / 4) < 0.1 and 0 < record["kept_mass"] < 1
     assert TopK(topk_args(tiny, teacher, data), tokenizer, rows).record["shards_computed"] == 0
+    whole = [path.read_bytes() for path in cached(data, "topk")]
+    for i, damage in enumerate((lambda b: b[:-9], lambda b: b"", lambda b: b"x" * 99)):
+        path = cached(data, "topk")[i % 2]
+        path.unlink()  # the old file may still be mapped
+        path.write_bytes(damage(whole[i % 2]))
+        assert TopK(topk_args(tiny, teacher, data), tokenizer, rows).record["shards_computed"] == 1
+        assert [path.read_bytes() for path in cached(data, "topk")] == whole
     longer, _ = encode(tokenizer, texts(SHARD + 9), 200, "input", "teacher_output")
     assert TopK(topk_args(tiny, teacher, data), tokenizer, longer).record["shards_computed"] == 1  # the last one
     assert TopK(topk_args(tiny, teacher, data, top_k=9), tokenizer, rows).record["shards_computed"] == 2

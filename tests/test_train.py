@@ -153,6 +153,7 @@ KD = {"input": "x", "teacher_output": "Good"}
         ("kd", [{**KD, "teacher_probs": {"Good": 0.5, "Bad": 0.2}}], "expected numbers in [0, 1] that sum to 1"),
         ("kd", [{**KD, "teacher_probs": {"Great": 1.0}}], "['Great'] are no labels"),
         ("kd", [{**KD, "teacher_probs": {"Good": "1"}}], "expected numbers in [0, 1]"),
+        ("kd", [KD, {**KD, "output": "Great"}], "row 2: field 'output': 'Great' is no label; expected"),
         (
             "dpo",
             [{"prompt": "x", "chosen": "Bad", "rejected": "Bad"}],
@@ -207,6 +208,92 @@ def test_a_full_disk_leaves_nothing_half_written(tiny, data, tmp_path):
     assert done.returncode == 2, done.stderr[-2000:]
     assert done.stderr.strip().split("\n")[-1].startswith("error: ")
     assert not (tmp_path / "a" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "flag", "value"),
+    [
+        ("sft", "--seed", "-1"),
+        ("sft", "--seed", str(2**32)),
+        ("sft", "--max_steps", "0"),
+        ("kd", "--alpha", "1.5"),
+        ("kd", "--alpha", "nan"),
+        ("kd", "--temperature", "1e30"),
+        ("dpo", "--beta", "0"),
+        ("dpo", "--sft_weight", "-1"),
+    ],
+)
+def test_a_flag_out_of_range(run, script, flag, value):
+    done = run(f"{script}_train.py", flag, value)
+    assert done.returncode == 2 and f"argument {flag}: invalid number " in done.stderr.splitlines()[-1], done.stderr
+
+
+def checkpoint(folder, step):
+    """A checkpoint folder with the files that a trainer leaves there."""
+    from safetensors.torch import save_file
+
+    from common import write_json
+
+    (folder / f"checkpoint-{step}").mkdir(parents=True)
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({"a": torch.ones(9)}, folder / f"checkpoint-{step}" / name)
+    save_file({"a": torch.ones(9)}, folder / f"checkpoint-{step}" / "adapter_model.safetensors")
+    write_json(folder / f"checkpoint-{step}" / "trainer_state.json", {"global_step": step})
+    return folder / f"checkpoint-{step}"
+
+
+def run_arguments(data, folder, **more):
+    from argparse import Namespace
+
+    more = {"student": "s", "lr": 0.1, "resume_from_checkpoint": None, **more}
+    return Namespace(data=data / "creditmix_sft.jsonl", save_dir=folder, **more)
+
+
+def test_a_run_killed_in_its_first_checkpoint_starts_again(data, tmp_path):
+    from training import start_run
+
+    start_run(run_arguments(data, tmp_path), "sft")
+    (checkpoint(tmp_path, 4) / "trainer_state.json").unlink()  # the last file of a checkpoint
+    start_run(run_arguments(data, tmp_path), "sft")
+    assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+)
+def test_a_damaged_checkpoint_is_named(data, tmp_path, name):
+    from common import UserError
+    from training import start_run
+
+    start_run(run_arguments(data, tmp_path), "sft")
+    checkpoint(tmp_path, 8)
+    path = checkpoint(tmp_path, 12) / name
+    last = run_arguments(data, tmp_path, resume_from_checkpoint="last")
+    start_run(last, "sft")
+    assert last.resume_from_checkpoint == str(path.parent)
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(UserError, match=f"checkpoint-12/{name}: missing or damaged; expected an earlier checkpoint"):
+        start_run(run_arguments(data, tmp_path, resume_from_checkpoint="last"), "sft")
+    start_run(run_arguments(data, tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-8")), "sft")
+
+
+def test_another_learning_rate_is_another_run(data, tmp_path):
+    from common import UserError
+    from training import start_run
+
+    start_run(run_arguments(data, tmp_path), "sft")
+    checkpoint(tmp_path, 4)
+    with pytest.raises(UserError, match=r"field 'lr' of its run.json is '0.1'; expected '0.2'"):
+        start_run(run_arguments(data, tmp_path, lr=0.2, resume_from_checkpoint="last"), "sft")
+
+
+def test_a_readme_that_is_no_runs_is_not_overwritten(data, tmp_path):
+    from common import UserError
+    from training import start_run
+
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(UserError, match=r"its README.md is no run's; expected --save_dir, a folder of its own"):
+        start_run(run_arguments(data, tmp_path), "sft")
 
 
 def test_distribution_loss_by_hand():
@@ -351,3 +438,27 @@ def test_one_row_that_does_not_fit_says_what_to_change(tiny, task, tmp_path):
 
     with pytest.raises(UserError, match=r"one row does not fit this GPU; .* --precision nf4"):
         weights_after("sft", tiny, task, tmp_path, upset)
+
+
+@pytest.mark.parametrize("route", ["sft", "kd", "dpo"])
+def test_a_loss_that_is_no_number_stops_the_run(tiny, task, tmp_path, route):
+    from common import UserError
+
+    def upset(model):
+        model.norm.register_forward_hook(lambda module, args, out: out * torch.nan)
+
+    with pytest.raises(UserError, match="step 1: the loss is nan; expected a smaller --lr"):
+        weights_after(route, tiny, task, tmp_path, upset)
+
+
+def test_weights_that_are_no_numbers_are_not_written(tiny, task, tmp_path):
+    from argparse import Namespace
+
+    from common import UserError
+    from training import finish
+
+    trainer = weights_after("sft", tiny, task, tmp_path / "trainer")[2]
+    next(p for p in trainer.model.parameters() if p.requires_grad).data[0, 0] = torch.nan
+    with pytest.raises(UserError, match="holds NaN or infinity, so it is not written"):
+        finish(trainer, Namespace(save_dir=tmp_path / "a"), None, [], {}, ["x"])
+    assert not (tmp_path / "a").exists()
