@@ -36,7 +36,8 @@ demo: setup
 test: setup
 	@echo "== tests"
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
-	@$(PY) -m pytest
+	@# most tests start a script: two at a time, a thread each
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
 bench: setup
 	@$(PY) tests/bench_scorer.py

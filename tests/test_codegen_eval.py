@@ -233,7 +233,7 @@ def test_eval_tests_that_do_not_parse(run, jsonl):
 
 def test_infer_prints_only_code_when_piped(here, tiny):
     r = here("infer_codegen.py", "--model_dir", tiny, "--prompt", "Write one().", "--plan_then_code", *SMALL)
-    assert r.returncode == 0, r.stderr
+    assert r.returncode == (0 if r.stdout.strip() else 1), r.stderr  # a reply without code is told
     assert "plan:" in r.stderr
     assert "plan:" not in r.stdout
     r = here("infer_codegen.py", "--model_dir", tiny, "--prompt", "Write one().", "--n", "3", "--json", *SMALL)
