@@ -35,6 +35,9 @@ def cli(main, args):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    if "tqdm" in sys.modules:  # an open progress bar would share its line with the error
+        for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
+            bar.close()
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
