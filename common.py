@@ -90,15 +90,19 @@ class Task:
         return [self.prompt(text) for text in self.null_inputs]
 
 
-def label_classes(path, rows, field, task):
-    """Class numbers [N] of rows[field] in the task's order; UserError naming the row whose value is no label."""
+def label_classes(path, rows, field, task, unknown=()):
+    """Class numbers [N] of rows[field] in the task's order, -1 where it is one of the values `unknown`.
+
+    Error: UserError naming the row whose value is no label.
+    """
     import numpy as np
 
-    number = {label: i for i, label in enumerate(task.labels)}
-    for i, row in enumerate(rows, 1):
-        if row[field] not in number:
-            raise UserError(f"{path}: row {i}: field '{field}': {row[field]!r} is no label; expected {task.labels}")
-    return np.array([number[row[field]] for row in rows], dtype=int)
+    number = dict.fromkeys(unknown, -1) | {label: i for i, label in enumerate(task.labels)}
+    values = [row.get(field) for row in rows]
+    for i, value in enumerate(values, 1):
+        if value not in number:
+            raise UserError(f"{path}: row {i}: field '{field}': {value!r} is no label; expected {task.labels}")
+    return np.array([number[value] for value in values], dtype=int)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

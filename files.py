@@ -42,30 +42,27 @@ def cli(main, args):
     sys.exit(2)
 
 
-def positive(kind):
-    """An argparse type: an int or float above zero."""
+def number(kind, allowed, name):
+    """An argparse type: an int or float that `allowed` takes; `name` is what the error calls it."""
 
     def parse(text):
         value = kind(text)
-        if not 0 < value < float("inf"):
+        if not allowed(value):
             raise ValueError
         return value
 
-    parse.__name__ = f"number above 0, {kind.__name__}"
+    parse.__name__ = f"{name}, {kind.__name__}"
     return parse
+
+
+def positive(kind):
+    """An argparse type: an int or float above zero."""
+    return number(kind, lambda value: 0 < value < float("inf"), "number above 0")
 
 
 def between(kind, low, high):
     """An argparse type: an int or float from `low` to `high`, both included."""
-
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise ValueError
-        return value
-
-    parse.__name__ = f"number from {low} to {high}, {kind.__name__}"
-    return parse
+    return number(kind, lambda value: low <= value <= high, f"number from {low} to {high}")
 
 
 @contextmanager

@@ -42,15 +42,14 @@ def main(args):
             f"{args.data}: row {untaught[0]}: field 'teacher_output' is missing; expected one, or --teacher"
         )
     if task:
-        gold = [r if r.get("output") is not None else {"output": task.labels[0]} for r in rows]
-        label_classes(args.data, gold, "output", task)
+        label_classes(args.data, rows, "output", task, unknown=(None,))
     if task and any(r.get("teacher_probs") for r in rows):
         add_distributions(args.data, rows, task)
     if args.teacher:
         check(args, task)
     start_run(args, "kd", write=False)
     tokenizer = base_config(args.student)[2]
-    rows, untaught = teach(args, rows, task, tokenizer) if args.teacher else (rows, {})
+    rows, useless = teach(args, rows, task, tokenizer) if args.teacher else (rows, {})
     by_distribution = task is not None and any(r.get("teacher_probs") for r in rows)
     if by_distribution:
         add_distributions(args.data, rows, task)
@@ -58,7 +57,7 @@ def main(args):
     train, dropped = encode(tokenizer, train, args.max_len, "input", "teacher_output")
     dev, _ = encode(tokenizer, dev, args.max_len, "input", "teacher_output")
     told = describe(tokenizer, train, dropped)
-    told["rows_untaught"] = untaught
+    told["rows_untaught"] = useless
     top_k = TopK(args, tokenizer, train + dev) if by_tokens(args, task) else None
     start_run(args, "kd")
     model, tokenizer = load_student(args, train)

@@ -61,8 +61,7 @@ def read_training_rows(args, fields, answer, optional=None):
         print(f"no {path}: free text, so no label scores and no calibration")
         return rows, None
     task = Task.load(path)
-    # a row whose answer a teacher has yet to give passes; the others keep their numbers
-    label_classes(args.data, [r if r.get(answer) else {answer: task.labels[0]} for r in rows], answer, task)
+    label_classes(args.data, rows, answer, task, unknown=(None, ""))  # which a teacher has yet to give
     return rows, task
 
 
