@@ -15,8 +15,8 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from codegen_sandbox import TIMEOUT, describe_isolation, run_many
 from common import ROOT, SEED, UserError, cli, read_rows, write_jsonl
+from distill.codegen_sandbox import TIMEOUT, describe_isolation, run_many
 from eval_codegen import humaneval
 from infer_codegen import code_prompt, fenced, parse_tests, plan_prompt, read_tasks
 

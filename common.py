@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from files import (  # noqa: F401 - every stage takes these from here
+from distill.files import (  # noqa: F401 - every stage takes these from here
     UserError,
     atomic_write,
     between,
@@ -361,7 +361,7 @@ def label_trie(tokenizer, labels, prompt="x"):
 
     Where one label's tokens begin another's, the end of the turn is scored too, for all of them.
     """
-    from trees import LabelTrie
+    from distill.trees import LabelTrie
 
     ids = completion_ids(tokenizer, [prompt] * len(labels), list(labels))
     bare = [i[:-1] for i in ids]
@@ -371,7 +371,7 @@ def label_trie(tokenizer, labels, prompt="x"):
 
 def takes_trees(model):
     """Whether `model` takes token trees (trees.why_no_trees); tried once a model, and said when it does not."""
-    from trees import why_no_trees
+    from distill.trees import why_no_trees
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not hasattr(base, "takes_trees"):
@@ -390,7 +390,7 @@ class LabelScorer:
     """
 
     def __init__(self, model, tokenizer, labels, head_prompts=()):
-        from trees import window
+        from distill.trees import window
 
         self.model, self.tokenizer, self.labels = model, tokenizer, tuple(labels)
         self.trie = label_trie(tokenizer, self.labels)
@@ -454,7 +454,7 @@ class LabelScorer:
         """Logits [B, 1 + M, V] where a label token is predicted, for B token id lists."""
         import torch
 
-        from trees import tree_batch
+        from distill.trees import tree_batch
 
         trees = [[(row, -1), *self.trie.behind(0, 1)] for row in rows]
         batch, starts = tree_batch(trees, self.tokenizer.pad_token_id, head)

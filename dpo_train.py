@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from common import UserError, adapter_base, between, cli, label_classes, positive
-from training import (
+from distill.training import (
     add_arguments,
     dataset,
     describe,

@@ -19,7 +19,7 @@ from datetime import date, timedelta
 from pathlib import Path
 
 from common import SEED, UserError, cli, group_hash, holdout, read_json, read_rows, row_hash, write_jsonl
-from idp_decode import check_schema, validator
+from distill.idp_decode import check_schema, validator
 from infer_idp import compact, idp_prompt, in_schema_order
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from codegen_sandbox import describe_isolation, run_many
 from common import (
     SEED,
     UserError,
@@ -33,6 +32,7 @@ from common import (
     sha256,
     write_jsonl,
 )
+from distill.codegen_sandbox import describe_isolation, run_many
 
 PLAN_TOKENS = 160  # a plan is a few lines; what is longer rambles
 

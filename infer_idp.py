@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from common import UserError, cli, load_model, prompt_ids, read_json, read_rows, read_text, row_hash, write_jsonl
-from idp_decode import Constraint, SchemaLogitsProcessor, Vocabulary, check_schema, validator
+from distill.idp_decode import Constraint, SchemaLogitsProcessor, Vocabulary, check_schema, validator
 
 MAX_CHARS = 200_000  # of one document: about 100 pages; more is a mistake in the call rather than a document
 ATTEMPTS = 8  # generations of a document where the schema is not enforced in full: one greedy, the others sampled

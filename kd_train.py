@@ -13,9 +13,9 @@ every token of the answers, given or its own: the top-k log-probs are kept on di
 import argparse
 
 from common import UserError, base_config, between, cli, label_classes, label_trie, positive
-from teacher_topk import TopK
-from teachers import by_tokens, check, teach
-from training import (
+from distill.teacher_topk import TopK
+from distill.teachers import by_tokens, check, teach
+from distill.training import (
     add_arguments,
     dataset,
     describe,
@@ -128,7 +128,7 @@ def distribution_trainer(trainer, trie, args):
     """The trainer with the loss on label scores; prompts of a batch share their head, labels their prompt."""
     import torch
 
-    from trees import pack_prompts
+    from distill.trees import pack_prompts
 
     class Distribution(trainer):
         needs_trees = True
@@ -179,7 +179,7 @@ def pack_tokens(rows, top_k, pad):
     """
     import torch
 
-    from trees import pack_rows
+    from distill.trees import pack_rows
 
     ids, first = [r["input_ids"] for r in rows], [r["labels"].count(-100) for r in rows]
     batch, columns = pack_rows(ids, [n - 1 for n in first], pad)

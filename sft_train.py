@@ -8,7 +8,7 @@
 import argparse
 
 from common import cli
-from training import (
+from distill.training import (
     add_arguments,
     dataset,
     describe,

@@ -25,10 +25,10 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import trees
 from common import ROOT, Task, completion_ids, device, label_trie, load_base, prompt_ids, write_json
-from memory import expected_memory
-from training import lora_config, trainer_class
+from distill import trees
+from distill.memory import expected_memory
+from distill.training import lora_config, trainer_class
 
 GIB, EPOCHS = 2**30, 3
 CUDA = torch.cuda.is_available()

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from common import LabelScorer, embedded_student, load_base
-from trees import why_no_trees
+from distill.trees import why_no_trees
 
 
 @pytest.fixture(scope="module")

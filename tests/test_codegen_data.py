@@ -8,8 +8,8 @@ from collections import Counter
 import pytest
 
 from codegen_prepare import code_grams, description_grams, drop_near_duplicates, mutants, overlaps
-from codegen_sandbox import run_many
 from common import ROOT, UserError, read_rows
+from distill.codegen_sandbox import run_many
 from eval_codegen import humaneval
 from infer_codegen import code_prompt, extract_code, fenced, plan_prompt, program, read_tasks
 

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from codegen_sandbox import run_sandboxed
 from common import ROOT, row_hash
+from distill.codegen_sandbox import run_sandboxed
 from eval_codegen import bootstrap, do_nothing, humaneval, pass_at_k
 from infer_codegen import code_prompt, program, read_samples
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-import codegen_sandbox
-from codegen_sandbox import FILE_SIZE, describe_isolation, isolation, run_many, run_sandboxed
+from distill import codegen_sandbox
+from distill.codegen_sandbox import FILE_SIZE, describe_isolation, isolation, run_many, run_sandboxed
 
 DEFINES = "def f():\n    return 1\n"
 CHECK = "assert f() == 1"

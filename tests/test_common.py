@@ -186,7 +186,7 @@ def test_a_label_that_begins_another_is_scored_with_its_end(tiny):
 
 
 def test_trie_scores_by_hand():
-    from trees import LabelTrie
+    from distill.trees import LabelTrie
 
     trie = LabelTrie([[5], [6, 7]])
     logits = torch.full((1, 2, 10), -1e9)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import fused
-from fused import fuse
+from distill import fused
+from distill.fused import fuse
 
 
 def student(tiny, dropout=0.0, quantised=False):

@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT
 
 from common import UserError, read_json, row_hash
+from distill.idp_decode import validator
 from eval_idp import (
     canonical,
     check_overlap,
@@ -18,7 +19,6 @@ from eval_idp import (
     resampled,
     summarise,
 )
-from idp_decode import validator
 from idp_prepare import mistakes, read_corpus, synthesize
 from infer_idp import idp_prompt
 

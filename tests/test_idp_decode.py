@@ -12,7 +12,7 @@ from conftest import ROOT
 from transformers import AutoTokenizer
 
 from common import UserError, cli, embedded_student, load_model, row_hash
-from idp_decode import Constraint, SchemaLogitsProcessor, Vocabulary, check_schema, closing, validator
+from distill.idp_decode import Constraint, SchemaLogitsProcessor, Vocabulary, check_schema, closing, validator
 from infer_idp import compact, extract, generate, in_schema_order, main, merge, parse_valid, split_document
 
 INVOICE = json.loads((ROOT / "data" / "idp_schema.json").read_text())

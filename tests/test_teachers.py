@@ -19,9 +19,9 @@ import torch
 from safetensors.numpy import load_file
 from serving import Server
 
-import teachers
 from common import UserError, base_config, load_model, row_hash, write_jsonl
-from training import encode
+from distill import teachers
+from distill.training import encode
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -364,7 +364,7 @@ def topk_args(tiny, teacher, data, **more):
 
 
 def test_the_top_k_on_disk_is_the_teachers_and_padding_rows_are_sliced(tiny, teacher, tmp_path):
-    from teacher_topk import SHARD, TopK
+    from distill.teacher_topk import SHARD, TopK
 
     tokenizer = base_config(tiny)[2]
     rows, _ = encode(tokenizer, texts(SHARD + 6), 200, "input", "teacher_output")

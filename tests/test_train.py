@@ -251,7 +251,7 @@ def run_arguments(data, folder, **more):
 
 
 def test_a_run_killed_in_its_first_checkpoint_starts_again(data, tmp_path):
-    from training import start_run
+    from distill.training import start_run
 
     start_run(run_arguments(data, tmp_path), "sft")
     (checkpoint(tmp_path, 4) / "trainer_state.json").unlink()  # the last file of a checkpoint
@@ -264,7 +264,7 @@ def test_a_run_killed_in_its_first_checkpoint_starts_again(data, tmp_path):
 )
 def test_a_damaged_checkpoint_is_named(data, tmp_path, name):
     from common import UserError
-    from training import start_run
+    from distill.training import start_run
 
     start_run(run_arguments(data, tmp_path), "sft")
     checkpoint(tmp_path, 8)
@@ -280,7 +280,7 @@ def test_a_damaged_checkpoint_is_named(data, tmp_path, name):
 
 def test_another_learning_rate_is_another_run(data, tmp_path):
     from common import UserError
-    from training import start_run
+    from distill.training import start_run
 
     start_run(run_arguments(data, tmp_path), "sft")
     checkpoint(tmp_path, 4)
@@ -290,7 +290,7 @@ def test_another_learning_rate_is_another_run(data, tmp_path):
 
 def test_a_readme_that_is_no_runs_is_not_overwritten(data, tmp_path):
     from common import UserError
-    from training import start_run
+    from distill.training import start_run
 
     (tmp_path / "README.md").write_text("mine")
     with pytest.raises(UserError, match=r"its README.md is no run's; expected --save_dir, a folder of its own"):
@@ -313,7 +313,7 @@ def test_distribution_loss_by_hand():
 
 def test_the_micro_batch_is_halved_until_it_fits():
     from common import UserError
-    from memory import largest_fitting, smaller
+    from distill.memory import largest_fitting, smaller
 
     tried = []
 
@@ -353,8 +353,8 @@ def weights_after(route, tiny, task, folder, upset=None):
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
     from common import label_trie, load_base
+    from distill.training import lora_config, trainer_class
     from kd_train import distribution_trainer
-    from training import lora_config, trainer_class
 
     model, tokenizer = load_base(tiny, "fp32")
     options = {
@@ -456,7 +456,7 @@ def test_weights_that_are_no_numbers_are_not_written(tiny, task, tmp_path):
     from argparse import Namespace
 
     from common import UserError
-    from training import finish
+    from distill.training import finish
 
     trainer = weights_after("sft", tiny, task, tmp_path / "trainer")[2]
     weights = {f"lora_B.{i}": torch.ones(2, 2) for i in range(2)}

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from trees import LabelTrie, pack_prompts, radix, share_prefixes, tree_batch
+from distill.trees import LabelTrie, pack_prompts, radix, share_prefixes, tree_batch
 
 
 def test_tree_batch_by_hand():

@@ -127,7 +127,7 @@ def load_student(args, rows):
 
     Error: UserError where the weights alone are more than the cap.
     """
-    from memory import expected_memory, expected_step, longest_texts, smaller
+    from distill.memory import expected_memory, expected_step, longest_texts, smaller
 
     cap = cap_memory(args.max_vram_gb)
     if args.max_vram_gb and not cap:
@@ -185,9 +185,9 @@ def trainer_class(trainer, task, dev):
     from accelerate.utils import gather_object
     from tqdm import tqdm
 
-    from fused import fuse
-    from memory import InParts
-    from trees import share_prefixes, why_no_trees
+    from distill.fused import fuse
+    from distill.memory import InParts
+    from distill.trees import share_prefixes, why_no_trees
 
     class Student(InParts, trainer):
         needs_trees = False
@@ -353,7 +353,7 @@ def training_arguments(args, model, rows, dev, task):
     micro, accumulate = micro_batch(args)
     world = int(os.environ.get("WORLD_SIZE", 1))
     if cuda and world > 1 and not args.micro_batch:  # several processes cannot try what fits: the estimate has to do
-        from memory import expected_to_fit
+        from distill.memory import expected_to_fit
 
         micro, accumulate = expected_to_fit(args, model, rows, micro * accumulate)
     epoch = len(rows) / args.batch_size
@@ -398,7 +398,7 @@ def run_training(trainer, args, task, dev, record, prompts):
     from peft.helpers import disable_input_dtype_casting
     from transformers import TrainerCallback
 
-    from memory import fit_micro_batch
+    from distill.memory import fit_micro_batch
 
     class Interrupt(TrainerCallback):
         asked = False

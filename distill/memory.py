@@ -3,8 +3,8 @@
 import torch
 
 from common import UserError, cap_memory, completion_ids, prompt_ids
-from fused import CHUNK
-from trees import packed_shape
+from distill.fused import CHUNK
+from distill.trees import packed_shape
 
 
 def smaller(precision):

@@ -1,6 +1,6 @@
 """Run generated Python where it can do no harm, and learn whether its tests pass.
 
-    from codegen_sandbox import run_sandboxed
+    from distill.codegen_sandbox import run_sandboxed
     run_sandboxed("def f(x): return x + 1", "assert f(1) == 2")  # {"kind": "passed", "detail": "", "seconds": 0.04}
 
 The file is both sides: imported, it is the parent; run as `python -I -S` with a job on standard input, it is the child:

@@ -2,7 +2,7 @@
 
 kd_train.py calls check, then teach. What a teacher has written lies beside the data, in NAME_kd.teacher/ for
 NAME_kd.jsonl, so a killed run asks only for the rest. A teacher is gone before the student's weights load. Its
-log-probs: teacher_topk.py.
+log-probs: distill/teacher_topk.py.
 """
 
 import asyncio

@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from common import UserError, atomic_write, completion_ids, load_model, prompt_ids, sha256
-from teachers import cache_folder, free, identity, one_process, shared_vocabulary
+from distill.teachers import cache_folder, free, identity, one_process, shared_vocabulary
 
 SHARD = 64  # rows: what a kill may cost
 
