@@ -13,18 +13,13 @@ row is a real customer's. They are drawn from data/creditmix_profile.json, aggre
 
 import argparse
 import gzip
-import json
-import re
 import zlib
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.stats import norm
-from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.metrics import accuracy_score, f1_score
-from sklearn.preprocessing import OrdinalEncoder
 
 from common import (
     ROOT,
@@ -32,23 +27,21 @@ from common import (
     VAL_FRAC,
     Task,
     UserError,
-    atomic_write,
     cli,
     file_sha256,
     group_hash,
     holdout,
     label_classes,
-    read_json,
     read_rows,
     unit_hash,
     write_json,
     write_jsonl,
 )
+from distill.boosting import boost, out_of_fold
+from distill.fields import SIX, customer, features_text
+from distill.twin import profile, synthesize
 
 TASK = ROOT / "data" / "creditmix_task.json"
-PROFILE = ROOT / "data" / "creditmix_profile.json"
-SIX = ["Age", "Occupation", "Annual Income", "Outstanding Debt", "Credit Utilization Ratio", "Payment Behaviour"]
-NUMBERS = ["Age", "Annual Income", "Outstanding Debt", "Credit Utilization Ratio"]
 
 
 def main(args):
@@ -60,7 +53,9 @@ def main(args):
     elif args.check:
         check(args.check, args.columns, args.seed, args.val_frac, task)
     elif args.profile:
-        profile(args.profile, args.outdir, task)
+        rows, _ = read_raw(args.profile)
+        label_classes(args.profile, rows, "answer", task)
+        profile(rows, args.outdir)
     else:
         synthesize(args.synthesize, args.seed, args.outdir)
 
@@ -141,6 +136,24 @@ def hard_negative(row, labels, seed):
     return pool[int(unit_hash(f"rejected:{seed}", row_key(row)) * len(pool))]
 
 
+def check(paths, columns, seed, val_frac, task):
+    """Print what gradient boosting reaches on each file's own split: three seeds, at most 1,500 rows a class."""
+    for path in paths:
+        rows, _ = read_raw(path, columns)
+        label_classes(path, rows, "answer", task)
+        figures = []
+        for s in range(seed, seed + 3):
+            train, held = holdout(rows, s, val_frac)
+            train = balance(f"{path}: training side", train, task.labels, s)
+            smallest = min(Counter(r["answer"] for r in held).values(), default=0)
+            held = balance(f"{path}: held-out side", held, task.labels, s, min(1500, smallest))
+            truth = label_classes(path, held, "answer", task)
+            guess = boost(train, task.labels, s).predict_proba([r["question"] for r in held]).argmax(1)
+            figures.append([accuracy_score(truth, guess), f1_score(truth, guess, average="macro")])
+            print("{}: seed {}, {} rows: accuracy {:.3f}, macro-F1 {:.3f}".format(path, s, len(held), *figures[-1]))
+        print("{}: mean of 3 seeds: accuracy {:.3f}, macro-F1 {:.3f}".format(path, *np.mean(figures, 0)))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading: JSON, JSONL, or the public CSV with its dirt
 
@@ -182,12 +195,6 @@ def read_raw(path, columns="six"):
         raise UserError(f"{path}: --columns {columns}: expected the CSV; the texts of this file are as they are")
     rows = read_rows(path, {"question": str, "answer": str}, {"group": str})
     return [{**r, "group": r.get("group") or customer(r["question"])} for r in rows], Counter()
-
-
-def customer(text):
-    """Who a row without a group belongs to: same income and debt, same customer; another task's text is its own."""
-    found = re.search(r"Annual Income: ([^,]+).*Outstanding Debt: ([^,]+)", text)
-    return f"income {found[1]}, debt {found[2]}" if found else text
 
 
 def read_csv(path, columns="six"):
@@ -254,214 +261,6 @@ def usual(values, who):
     counts = pd.DataFrame({"who": who, "value": values}).value_counts().reset_index()
     counts = counts.sort_values(["count", "value"], ascending=[False, True]).drop_duplicates("who")
     return who.map(counts.set_index("who")["value"])
-
-
-def features_text(d, fields):
-    """The text that models read, for each row of a frame: age with one decimal, the six fields' numbers with two."""
-
-    def shown(name, value):
-        if isinstance(value, str):
-            return value
-        text = f"{value:.1f}" if name == "Age" else f"{value:.2f}"
-        return text if name in SIX else "N/A" if pd.isna(value) else text.removesuffix(".00")
-
-    return [", ".join(f"{n}: {shown(n, v)}" for n, v in zip(fields, row, strict=True)) for row in d[fields].values]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Gradient boosting: the reference in an evaluation, the teacher in KD
-
-
-def parse_fields(text):
-    """{"Age": 23.0, "Occupation": "Scientist", ...} of a features text: numbers as floats, N/A as NaN.
-
-    Errors: UserError when the text has no 'Key: value' fields.
-    """
-    fields = {}
-    for key, value in re.findall(r"(?:^|, )([^:,]+): (.*?)(?=, [^:,]+: |$)", text):
-        try:
-            fields[key] = float("nan") if value == "N/A" else float(value)
-        except ValueError:
-            fields[key] = value
-    if not fields:
-        raise UserError(f"gradient boosting needs texts like 'Key: value, Key: value', got {text[:60]!r}")
-    return fields
-
-
-class GradientBoosting:
-    """Histogram gradient boosting on the fields of texts, words as categories. labels: the order of the classes."""
-
-    def __init__(self, labels, seed=SEED):
-        self.labels, self.seed = list(labels), seed
-
-    def fit(self, texts, answers):
-        fields = [parse_fields(t) for t in texts]
-        self.words = sorted({k for f in fields for k, v in f.items() if isinstance(v, str)})
-        self.numbers = sorted({k for f in fields for k in f}.difference(self.words))
-        # a category that training did not have counts as missing; the trees take at most 255 of them
-        unseen = {"handle_unknown": "use_encoded_value", "unknown_value": np.nan}
-        self.encoder = OrdinalEncoder(**unseen, max_categories=250).fit(self.word_values(fields))
-        self.trees = HistGradientBoostingClassifier(
-            learning_rate=0.05,
-            max_iter=60,
-            max_leaf_nodes=8,
-            min_samples_leaf=min(100, len(texts) // 50 + 1),  # a customer's months are near copies: no small leaves
-            categorical_features=range(len(self.words)),
-            early_stopping=False,
-            random_state=self.seed,
-        ).fit(self.encode(fields), [self.labels.index(a) for a in answers])
-        return self
-
-    def word_values(self, fields):
-        return np.array([["", *(str(f.get(k)) for k in self.words)] for f in fields], dtype=object)
-
-    def encode(self, fields):
-        """[N, words + numbers] floats."""
-        numbers = [[v if isinstance(v := f.get(k), float) else np.nan for k in self.numbers] for f in fields]
-        return np.hstack([self.encoder.transform(self.word_values(fields))[:, 1:], np.array(numbers)])
-
-    def predict_proba(self, texts):
-        """[N, L] in the order of the labels; 0 for a label that training did not have."""
-        probs = np.zeros((len(texts), len(self.labels)))
-        probs[:, self.trees.classes_] = self.trees.predict_proba(self.encode([parse_fields(t) for t in texts]))
-        return probs
-
-
-def boost(train, labels, seed):
-    return GradientBoosting(labels, seed).fit([r["question"] for r in train], [r["answer"] for r in train])
-
-
-def out_of_fold(rows, labels, seed=SEED, folds=5):
-    """[N, L] class probabilities of rows, each by gradient boosting that saw nothing of the row's customer.
-
-    Errors: UserError when the texts have no fields, or a class has one customer only.
-    """
-    label_of = {r["group"]: r["answer"] for r in rows}
-    customers = Counter(label_of.values())
-    if min(customers[label] for label in labels) < 2:
-        raise UserError(f"gradient boosting out of fold needs 2 customers of each class, got {dict(customers)}")
-    order = sorted(label_of, key=lambda g: (label_of[g], unit_hash(f"fold:{seed}", g)))  # every class in every fold
-    fold_of = {g: i % folds for i, g in enumerate(order)}
-    fold = np.array([fold_of[r["group"]] for r in rows])
-    probs = np.zeros((len(rows), len(labels)))
-    for k in set(fold_of.values()):
-        model = boost([r for r in rows if fold_of[r["group"]] != k], labels, seed)
-        probs[fold == k] = model.predict_proba([r["question"] for r in rows if fold_of[r["group"]] == k])
-    return probs
-
-
-def check(paths, columns, seed, val_frac, task):
-    """Print what gradient boosting reaches on each file's own split: three seeds, at most 1,500 rows a class."""
-    for path in paths:
-        rows, _ = read_raw(path, columns)
-        label_classes(path, rows, "answer", task)
-        figures = []
-        for s in range(seed, seed + 3):
-            train, held = holdout(rows, s, val_frac)
-            train = balance(f"{path}: training side", train, task.labels, s)
-            smallest = min(Counter(r["answer"] for r in held).values(), default=0)
-            held = balance(f"{path}: held-out side", held, task.labels, s, min(1500, smallest))
-            truth = label_classes(path, held, "answer", task)
-            guess = boost(train, task.labels, s).predict_proba([r["question"] for r in held]).argmax(1)
-            figures.append([accuracy_score(truth, guess), f1_score(truth, guess, average="macro")])
-            print("{}: seed {}, {} rows: accuracy {:.3f}, macro-F1 {:.3f}".format(path, s, len(held), *figures[-1]))
-        print("{}: mean of 3 seeds: accuracy {:.3f}, macro-F1 {:.3f}".format(path, *np.mean(figures, 0)))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The synthetic twin: a Gaussian copula in each class and band of debt
-
-BANDS, GRID = 5, np.linspace(0, 1, 21)
-NOTE = (
-    "Aggregate figures of the public credit-score data, each over many customers and rounded. "
-    "creditmix_dataset.json is drawn from them: it is synthetic and holds no real row."
-)
-
-
-def profile(path, outdir, task):
-    """Write creditmix_profile.json, all that synthesize draws from."""
-    rows, _ = read_raw(path)
-    label_classes(path, rows, "answer", task)
-    d = pd.DataFrame([{**parse_fields(r["question"]), "label": r["answer"], "group": r["group"]} for r in rows])
-    classes = {}
-    for label, own in d.groupby("label"):
-        customers = own.groupby("group")
-        people, months = customers.first(), customers.size()
-        bands = own.groupby(own["group"].map(pd.qcut(people["Outstanding Debt"], BANDS, labels=False)))
-        edges = people["Annual Income"].quantile(GRID[4:-1:4])
-        spending = own.groupby(np.searchsorted(edges, own["Annual Income"]))["Payment Behaviour"]
-        classes[label] = {
-            "customers": len(people),
-            "rows": len(own),
-            "months": shares(months),
-            "birthday": round(float((customers["Age"].nunique()[months > 1] > 1).mean()), 3),
-            "occupation": shares(people["Occupation"]),
-            "income_edges": rounded(edges),
-            "payment_behaviour": [shares(words) for _, words in spending],
-            "quantiles": [{n: rounded(band[n].quantile(GRID)) for n in NUMBERS} for _, band in bands],
-            "rank_correlation": [band[NUMBERS].corr("spearman").values.round(2).tolist() for _, band in bands],
-        }
-    write_json(Path(outdir) / PROFILE.name, {"note": NOTE, "classes": classes})
-    print(f"wrote {Path(outdir) / PROFILE.name}: {len(rows)} rows, {d['group'].nunique()} customers")
-
-
-def shares(values):
-    return {str(k): round(v, 4) for k, v in values.value_counts(normalize=True).sort_index().items()}
-
-
-def rounded(values):
-    """To three digits: a quantile is then no longer one customer's own value."""
-    return [float(f"{v:.3g}") for v in values]
-
-
-def synthesize(customers, seed, outdir):
-    """Write creditmix_dataset.json: the months of synthetic customers drawn from the shipped profile."""
-    if customers < 1:
-        raise UserError(f"--synthesize {customers}: expected at least 1 customer")
-    classes = read_json(PROFILE)["classes"]
-    rng = np.random.default_rng(seed)
-    label = pick(rng, [{k: c["customers"] for k, c in classes.items()}], np.zeros(customers, int))
-    group = np.array([f"c{i:05d}" for i in range(1, customers + 1)])
-    parts = [synthetic_months(group[label == k], k, c, rng) for k, c in classes.items() if k in label]
-    d = pd.concat(parts).sort_values("group", kind="stable")
-    rows = zip(features_text(d, SIX), d["answer"], d["group"], strict=True)
-    lines = [json.dumps({"question": q, "answer": a, "group": g}, separators=(",", ":")) for q, a, g in rows]
-    path = Path(outdir) / "creditmix_dataset.json"
-    with atomic_write(path) as f:
-        f.write("[\n" + ",\n".join(lines) + "\n]\n")
-    print(f"wrote {path}: {len(lines)} synthetic rows of {customers} customers")
-
-
-def synthetic_months(group, label, c, rng):
-    """Frame of the months of the customers `group` of one class, drawn from its part of the profile.
-
-    Occupation, income and debt are a customer's own, as in the public data, and the age may turn once; utilisation and
-    payment behaviour are drawn anew each month given the income (measured: the months have no other memory).
-    """
-    one = np.zeros(len(group), int)
-    months = pick(rng, [c["months"]], one).astype(int)
-    who = np.repeat(np.arange(len(group)), months)
-    band = np.arange(len(group)) % BANDS
-    # a Gaussian copula, from Spearman's rho to its correlation; the last variable, utilisation, is the month's
-    factor = np.linalg.cholesky(2 * np.sin(np.pi / 6 * np.array(c["rank_correlation"])))
-    z = np.hstack([rng.standard_normal((len(group), 3))[who], rng.standard_normal((len(who), 1))])
-    u = norm.cdf(np.einsum("nij,nj->ni", factor[band[who]], z))
-    d = pd.DataFrame({"group": group[who], "answer": label, "Occupation": pick(rng, [c["occupation"]], one)[who]})
-    for i, name in enumerate(NUMBERS):
-        grids = [q[name] for q in c["quantiles"]]
-        d[name] = [np.interp(u[j, i], GRID, grids[band[w]]) for j, w in enumerate(who)]
-    turn = np.where(rng.random(len(group)) < c["birthday"], rng.integers(1, np.maximum(months, 2)), months.max())
-    d["Age"] = d["Age"].round() + (d.groupby("group").cumcount() >= turn[who])
-    income_band = np.searchsorted(c["income_edges"], d["Annual Income"])
-    d["Payment Behaviour"] = pick(rng, c["payment_behaviour"], income_band)
-    return d
-
-
-def pick(rng, tables, which):
-    """A word for each of `which`, the numbers of the tables {word: share} to draw from."""
-    share = pd.DataFrame(tables).fillna(0)
-    below = (share.cumsum(axis=1).div(share.sum(axis=1), axis=0)).to_numpy()[which, :-1]
-    return share.columns.to_numpy(dtype=object)[(rng.random((len(which), 1)) > below).sum(1)]
 
 
 if __name__ == "__main__":

@@ -48,7 +48,8 @@ from common import (
     write_json,
     write_jsonl,
 )
-from creditmix_prepare import GradientBoosting, balance, read_raw
+from creditmix_prepare import balance, read_raw
+from distill.boosting import boost
 
 
 def main(args):
@@ -221,8 +222,7 @@ def references(path, train, held, y, groups, task, seed):
     found = {"majority": metrics(np.log(np.tile(prior, (len(y), 1))), y, groups, task)}
     train = balance(path, train, task.labels, seed)
     try:
-        boosting = GradientBoosting(task.labels).fit([r["question"] for r in train], [r["answer"] for r in train])
-        p = boosting.predict_proba([r["question"] for r in held])
+        p = boost(train, task.labels).predict_proba([r["question"] for r in held])
         found["gradient_boosting"] = metrics(np.log(np.clip(p, 1e-9, 1)), y, groups, task)
     except UserError as e:
         print(f"no gradient boosting reference: {e}", file=sys.stderr)

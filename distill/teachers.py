@@ -155,7 +155,8 @@ def teach(args, rows, task, tokenizer):
 
 def boosted(args, rows, task):
     """[N, L] probabilities by gradient boosting on the rows' own fields, out of fold by customer."""
-    from creditmix_prepare import customer, out_of_fold
+    from distill.boosting import out_of_fold
+    from distill.fields import customer
 
     before, behind = task.template.split("{input}")
     if not all(r.get("output") for r in rows):

@@ -12,6 +12,9 @@ import pytest
 
 import creditmix_prepare as prepare
 from common import ROOT, Task, UserError, file_sha256, holdout
+from distill.boosting import GradientBoosting, out_of_fold
+from distill.fields import SIX, parse_fields
+from distill.twin import profile, synthesize
 
 TASK = Task.load(prepare.TASK)
 SHIPPED = ROOT / "data" / "creditmix_dataset.json"
@@ -294,21 +297,21 @@ def test_all_columns_follow_in_the_same_style(tmp_path):
 
 
 def test_parse_fields():
-    assert prepare.parse_fields("Age: 23.0, Loans: Auto, Home: 1, Debt: -2.5") == {
+    assert parse_fields("Age: 23.0, Loans: Auto, Home: 1, Debt: -2.5") == {
         "Age": 23.0,
         "Loans": "Auto",
         "Home": 1.0,
         "Debt": -2.5,
     }
-    assert np.isnan(prepare.parse_fields("Age: N/A")["Age"])
+    assert np.isnan(parse_fields("Age: N/A")["Age"])
     with pytest.raises(UserError, match="Key: value"):
-        prepare.parse_fields("no fields here")
+        parse_fields("no fields here")
 
 
 def test_gradient_boosting_learns_numbers_and_words_and_takes_what_it_never_saw():
     texts = [f"Size: {i}, Kind: {'ab'[i % 2]}" for i in range(100)]
     answers = ["odd" if i % 2 else "large" if i > 50 else "small" for i in range(100)]
-    model = prepare.GradientBoosting(["small", "large", "odd", "never"]).fit(texts, answers)
+    model = GradientBoosting(["small", "large", "odd", "never"]).fit(texts, answers)
     probs = model.predict_proba(
         ["Size: 10.0, Kind: a", "Size: 90, Kind: a", "Size: 5, Kind: b", "Kind: c", "Size: big"]
     )
@@ -322,11 +325,11 @@ def test_out_of_fold_never_sees_the_customer():
     # neighbours have opposite labels: one's own rows tell the label, other customers' rows tell the wrong one
     rows = [{"question": f"Number: {i}", "answer": "ht"[i % 2], "group": str(i)} for i in range(20) for _ in range(15)]
     truth = [i % 2 for i in range(20) for _ in range(15)]
-    assert (prepare.out_of_fold(rows, ["h", "t"]).argmax(1) == truth).mean() < 0.5
-    model = prepare.GradientBoosting(["h", "t"]).fit([r["question"] for r in rows], [r["answer"] for r in rows])
+    assert (out_of_fold(rows, ["h", "t"]).argmax(1) == truth).mean() < 0.5
+    model = GradientBoosting(["h", "t"]).fit([r["question"] for r in rows], [r["answer"] for r in rows])
     assert (model.predict_proba([r["question"] for r in rows]).argmax(1) == truth).all()
     with pytest.raises(UserError, match="2 customers of each class"):
-        prepare.out_of_fold(rows[:30], ["h", "t"])
+        out_of_fold(rows[:30], ["h", "t"])
 
 
 # --- the synthetic data
@@ -337,7 +340,7 @@ def test_synthesis_is_determined_by_the_seed(tmp_path):
     assert done.returncode == 0, done.stderr
     files = [(tmp_path / "first" / "creditmix_dataset.json").read_bytes()]
     for seed in (1, 2):
-        prepare.synthesize(40, seed, tmp_path / str(seed))
+        synthesize(40, seed, tmp_path / str(seed))
         files.append((tmp_path / str(seed) / "creditmix_dataset.json").read_bytes())
     assert files[0] == files[1] != files[2]
     assert len({r["group"] for r in json.loads(files[0])}) == 40
@@ -346,8 +349,8 @@ def test_synthesis_is_determined_by_the_seed(tmp_path):
 def test_a_synthetic_customer_has_one_label_income_debt_and_occupation(shipped):
     of = {}
     for r in shipped:
-        f = prepare.parse_fields(r["question"])
-        assert list(f) == prepare.SIX
+        f = parse_fields(r["question"])
+        assert list(f) == SIX
         own = (r["answer"], f["Occupation"], f["Annual Income"], f["Outstanding Debt"])
         assert of.setdefault(r["group"], own) == own
     assert len(of) == 8800
@@ -355,7 +358,7 @@ def test_a_synthetic_customer_has_one_label_income_debt_and_occupation(shipped):
 
 
 def test_profile_of_the_twin_is_near_the_profile_it_was_drawn_from(tmp_path):
-    prepare.profile(SHIPPED, tmp_path, TASK)
+    profile(prepare.read_raw(SHIPPED)[0], tmp_path)
     made, drawn_from = (json.loads((f / "creditmix_profile.json").read_text()) for f in (tmp_path, ROOT / "data"))
     assert "synthetic" in made["note"]
     for label in TASK.labels:

@@ -1,0 +1,106 @@
+"""The synthetic twin of the public credit-score data: a Gaussian copula in each class and band of debt.
+
+`creditmix_prepare.py --profile` writes aggregate figures of the real rows, `--synthesize` draws rows from them.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.stats import norm
+
+from common import ROOT, UserError, atomic_write, read_json, write_json
+from distill.fields import SIX, features_text, parse_fields
+
+PROFILE = ROOT / "data" / "creditmix_profile.json"
+NUMBERS = ["Age", "Annual Income", "Outstanding Debt", "Credit Utilization Ratio"]
+BANDS, GRID = 5, np.linspace(0, 1, 21)
+NOTE = (
+    "Aggregate figures of the public credit-score data, each over many customers and rounded. "
+    "creditmix_dataset.json is drawn from them: it is synthetic and holds no real row."
+)
+
+
+def profile(rows, outdir):
+    """Write creditmix_profile.json, all that synthesize draws from."""
+    d = pd.DataFrame([{**parse_fields(r["question"]), "label": r["answer"], "group": r["group"]} for r in rows])
+    classes = {}
+    for label, own in d.groupby("label"):
+        customers = own.groupby("group")
+        people, months = customers.first(), customers.size()
+        bands = own.groupby(own["group"].map(pd.qcut(people["Outstanding Debt"], BANDS, labels=False)))
+        edges = people["Annual Income"].quantile(GRID[4:-1:4])
+        spending = own.groupby(np.searchsorted(edges, own["Annual Income"]))["Payment Behaviour"]
+        classes[label] = {
+            "customers": len(people),
+            "rows": len(own),
+            "months": shares(months),
+            "birthday": round(float((customers["Age"].nunique()[months > 1] > 1).mean()), 3),
+            "occupation": shares(people["Occupation"]),
+            "income_edges": rounded(edges),
+            "payment_behaviour": [shares(words) for _, words in spending],
+            "quantiles": [{n: rounded(band[n].quantile(GRID)) for n in NUMBERS} for _, band in bands],
+            "rank_correlation": [band[NUMBERS].corr("spearman").values.round(2).tolist() for _, band in bands],
+        }
+    write_json(Path(outdir) / PROFILE.name, {"note": NOTE, "classes": classes})
+    print(f"wrote {Path(outdir) / PROFILE.name}: {len(rows)} rows, {d['group'].nunique()} customers")
+
+
+def shares(values):
+    return {str(k): round(v, 4) for k, v in values.value_counts(normalize=True).sort_index().items()}
+
+
+def rounded(values):
+    """To three digits: a quantile is then no longer one customer's own value."""
+    return [float(f"{v:.3g}") for v in values]
+
+
+def synthesize(customers, seed, outdir):
+    """Write creditmix_dataset.json: the months of synthetic customers drawn from the shipped profile."""
+    if customers < 1:
+        raise UserError(f"--synthesize {customers}: expected at least 1 customer")
+    classes = read_json(PROFILE)["classes"]
+    rng = np.random.default_rng(seed)
+    label = pick(rng, [{k: c["customers"] for k, c in classes.items()}], np.zeros(customers, int))
+    group = np.array([f"c{i:05d}" for i in range(1, customers + 1)])
+    parts = [synthetic_months(group[label == k], k, c, rng) for k, c in classes.items() if k in label]
+    d = pd.concat(parts).sort_values("group", kind="stable")
+    rows = zip(features_text(d, SIX), d["answer"], d["group"], strict=True)
+    lines = [json.dumps({"question": q, "answer": a, "group": g}, separators=(",", ":")) for q, a, g in rows]
+    path = Path(outdir) / "creditmix_dataset.json"
+    with atomic_write(path) as f:
+        f.write("[\n" + ",\n".join(lines) + "\n]\n")
+    print(f"wrote {path}: {len(lines)} synthetic rows of {customers} customers")
+
+
+def synthetic_months(group, label, c, rng):
+    """Frame of the months of the customers `group` of one class, drawn from its part of the profile.
+
+    Occupation, income and debt are a customer's own, as in the public data, and the age may turn once; utilisation and
+    payment behaviour are drawn anew each month given the income (measured: the months have no other memory).
+    """
+    one = np.zeros(len(group), int)
+    months = pick(rng, [c["months"]], one).astype(int)
+    who = np.repeat(np.arange(len(group)), months)
+    band = np.arange(len(group)) % BANDS
+    # a Gaussian copula, from Spearman's rho to its correlation; the last variable, utilisation, is the month's
+    factor = np.linalg.cholesky(2 * np.sin(np.pi / 6 * np.array(c["rank_correlation"])))
+    z = np.hstack([rng.standard_normal((len(group), 3))[who], rng.standard_normal((len(who), 1))])
+    u = norm.cdf(np.einsum("nij,nj->ni", factor[band[who]], z))
+    d = pd.DataFrame({"group": group[who], "answer": label, "Occupation": pick(rng, [c["occupation"]], one)[who]})
+    for i, name in enumerate(NUMBERS):
+        grids = [q[name] for q in c["quantiles"]]
+        d[name] = [np.interp(u[j, i], GRID, grids[band[w]]) for j, w in enumerate(who)]
+    turn = np.where(rng.random(len(group)) < c["birthday"], rng.integers(1, np.maximum(months, 2)), months.max())
+    d["Age"] = d["Age"].round() + (d.groupby("group").cumcount() >= turn[who])
+    income_band = np.searchsorted(c["income_edges"], d["Annual Income"])
+    d["Payment Behaviour"] = pick(rng, c["payment_behaviour"], income_band)
+    return d
+
+
+def pick(rng, tables, which):
+    """A word for each of `which`, the numbers of the tables {word: share} to draw from."""
+    share = pd.DataFrame(tables).fillna(0)
+    below = (share.cumsum(axis=1).div(share.sum(axis=1), axis=0)).to_numpy()[which, :-1]
+    return share.columns.to_numpy(dtype=object)[(rng.random((len(which), 1)) > below).sum(1)]
