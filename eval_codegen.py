@@ -21,8 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common import UserError, cli, load_model, row_hash, run_record, write_json, write_jsonl
+from common import UserError, cli, load_model, row_hash, write_json, write_jsonl
 from distill.codegen_sandbox import KINDS, describe_isolation, run_many
+from distill.report import run_record
 from infer_codegen import (
     add_sampling_arguments,
     check_sampling,

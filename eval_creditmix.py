@@ -32,7 +32,6 @@ from common import (
     atomic_write,
     cli,
     dev_split,
-    device,
     file_sha256,
     fit_and_save,
     group_hash,
@@ -42,7 +41,6 @@ from common import (
     log_loss,
     positive,
     row_hash,
-    run_record,
     sha256,
     unit_hash,
     write_json,
@@ -50,6 +48,8 @@ from common import (
 )
 from creditmix_prepare import balance, read_raw
 from distill.boosting import boost
+from distill.hardware import device
+from distill.report import run_record
 
 
 def main(args):

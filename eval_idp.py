@@ -24,8 +24,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common import SEED, UserError, cli, holdout, load_model, row_hash, run_record, write_json, write_jsonl
+from common import SEED, UserError, cli, holdout, load_model, row_hash, write_json, write_jsonl
 from distill.idp_decode import Constraint, Vocabulary, check_schema, validator
+from distill.report import run_record
 from idp_prepare import read_corpus
 from infer_idp import compact, extract, generate, idp_prompt, parse_valid, pieces_of, read_json
 

@@ -45,6 +45,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 import common
 from common import ROOT, Calibration, LabelScorer, Task, UserError
+from distill.hardware import cap_memory
 from infer_creditmix import answers
 
 MODELS = ("base", "sft", "kd", "dpo")
@@ -233,7 +234,7 @@ class Engine:
     def _load(self):
         import torch
 
-        if common.cap_memory(self.config.max_vram_gb):
+        if cap_memory(self.config.max_vram_gb):
             PEAK.set_function(torch.cuda.max_memory_reserved)
         self.model, self.tokenizer = common.load_base(self.config.base)
         # the scorer cuts batches at so many padded tokens; one collected here is then one forward pass

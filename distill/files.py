@@ -10,6 +10,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+ROOT = Path(__file__).resolve().parent.parent  # of the project
+
 
 class UserError(Exception):
     """Something the user can mend. The message is one line: file, line, field, what was expected."""

@@ -2,8 +2,9 @@
 
 import torch
 
-from common import UserError, cap_memory, completion_ids, prompt_ids
+from common import UserError, completion_ids, prompt_ids
 from distill.fused import CHUNK
+from distill.hardware import cap_memory
 from distill.trees import packed_shape
 
 

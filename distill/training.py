@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import shlex
 import shutil
 import signal
 import sys
@@ -21,9 +20,7 @@ from common import (
     atomic_write,
     base_config,
     between,
-    cap_memory,
     check_row,
-    choose_precision,
     completion_ids,
     dev_split,
     file_sha256,
@@ -36,10 +33,11 @@ from common import (
     read_json,
     read_rows,
     row_hash,
-    run_record,
     unit_hash,
     write_json,
 )
+from distill.hardware import cap_memory, choose_precision
+from distill.report import draw_curve, run_record, write_card
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -497,60 +495,6 @@ def finish(trainer, args, task, weights, scores, record, prompts):
         print(
             f"development accuracy {record['dev']['accuracy']:.3f}; next: python eval_creditmix.py --model_dir {folder}"
         )
-
-
-def draw_curve(history, path):
-    """Loss, and development accuracy where there is one, by step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    points = {k: [(h["step"], h[k]) for h in history if k in h] for k in ("loss", "eval_loss", "eval_accuracy")}
-    figure, axes = plt.subplots(1, 2 if points["eval_accuracy"] else 1, figsize=(10, 4), squeeze=False)
-    for key, label, axis in (
-        ("loss", "training", axes[0, 0]),
-        ("eval_loss", "development", axes[0, 0]),
-        ("eval_accuracy", "development", axes[0, -1]),
-    ):
-        if points[key]:
-            axis.plot(*zip(*points[key], strict=True), marker="." if key != "loss" else None, label=label)
-            axis.set(xlabel="step", ylabel="accuracy" if key == "eval_accuracy" else "loss")
-            axis.legend()
-    figure.tight_layout()
-    with atomic_write(path, "wb") as f:
-        figure.savefig(f, dpi=110, format="png")
-    plt.close(figure)
-
-
-HUB = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # what the hub and vLLM call the embedded student
-
-
-def write_card(folder, record, args):
-    lines = [
-        "---",
-        f"base_model: {HUB.get(args.student, args.student)}",
-        "library_name: peft",
-        "---",
-        f"# {folder.name}",
-        "",
-        f"LoRA adapter (r={args.lora_r}) for `{args.student}`, route {record['route'].upper()}, made by Distill-SLM.",
-        "",
-        f"- data: `{args.data}`, {record['rows']} rows after the development split"
-        + (f", task `{record['task']}`" if record["task"] else ""),
-        f"- {record['steps']} steps, {record['precision']}, {record['seconds']} s, {record['samples_per_s']} samples/s",
-    ]
-    if "dev" in record:
-        lines.append(
-            f"- development accuracy {record['dev']['accuracy']:.3f} on {record['dev']['rows']} rows (fitted), those "
-            "that chose checkpoint and calibration: eval_creditmix.py has the held-out figure"
-        )
-    given = {k: v for k, v in vars(args).items() if v is not None and k != "resume_from_checkpoint"}
-    flags = shlex.join(str(word) for k, v in given.items() for word in (f"--{k}", v))
-    lines += ["", "Made by:", "", f"    python {Path(sys.argv[0]).name} {flags}", ""]
-    lines += ["Its text comes from `run.json` beside it, which holds versions, hardware and the loss.", ""]
-    with atomic_write(folder / "README.md") as f:
-        f.write("\n".join(lines))
 
 
 def add_arguments(p, data, save_dir, lr):

@@ -22,7 +22,8 @@ from jsonschema import Draft202012Validator
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import EMBEDDED, UserError, cli, embedded_student, load_model, prompt_ids
+from common import UserError, cli, load_model, prompt_ids
+from distill.embedded import EMBEDDED, embedded_student
 from distill.idp_decode import Constraint, SchemaLogitsProcessor, Vocabulary, check_schema
 
 BUDGETS = {"min": 0, "min+1": 1, "min+3": 3, "min+16": 16, "min+64": 64, "min+256": 256}

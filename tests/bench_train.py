@@ -25,8 +25,9 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import ROOT, Task, completion_ids, device, label_trie, load_base, prompt_ids, write_json
+from common import ROOT, Task, completion_ids, label_trie, load_base, prompt_ids, write_json
 from distill import trees
+from distill.hardware import device
 from distill.memory import expected_memory
 from distill.training import lora_config, trainer_class
 

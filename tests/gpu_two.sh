@@ -9,7 +9,7 @@ python - "$out" <<'PY' || exit 1
 import sys
 import torch
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
-from common import embedded_student
+from distill.embedded import embedded_student
 
 tokenizer = AutoTokenizer.from_pretrained(embedded_student())
 device = "cuda" if torch.cuda.is_available() else "cpu"

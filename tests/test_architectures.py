@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common import LabelScorer, embedded_student, load_base
+from common import LabelScorer, load_base
+from distill.embedded import embedded_student
 from distill.trees import why_no_trees
 
 

@@ -11,7 +11,8 @@ import torch
 from conftest import ROOT
 from transformers import AutoTokenizer
 
-from common import UserError, cli, embedded_student, load_model, row_hash
+from common import UserError, cli, load_model, row_hash
+from distill.embedded import embedded_student
 from distill.idp_decode import Constraint, SchemaLogitsProcessor, Vocabulary, check_schema, closing, validator
 from infer_idp import compact, extract, generate, in_schema_order, main, merge, parse_valid, split_document
 

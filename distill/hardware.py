@@ -1,0 +1,34 @@
+"""What this process computes on: device, memory, precision."""
+
+import os
+
+
+def device():
+    """The device this process computes on; under `accelerate launch` each process has its own GPU."""
+    import torch
+
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else "cpu"
+
+
+def cap_memory(gib=None):
+    """GiB that torch may reserve on this process's GPU: `gib` from now on, else all of it; None on a CPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    whole = torch.cuda.get_device_properties(device()).total_memory / 2**30
+    if gib and gib < whole:
+        torch.cuda.set_per_process_memory_fraction(gib / whole, device())
+    return min(gib or whole, whole)
+
+
+def choose_precision(config, precision="auto"):
+    """(precision, why): "nf4" where 16 bits would not leave room on a small card, "bf16" on a GPU, "fp32" on a CPU."""
+    if precision != "auto":
+        return precision, "as asked"
+    # embeddings and head stay in 16 bits either way: below about 1e9 weights 4 bits save little and cost accuracy
+    text = config.get_text_config()
+    large = text.hidden_size * text.num_hidden_layers >= 40_000
+    if str(device()).startswith("cuda"):
+        return ("nf4", "a large model on a GPU") if large else ("bf16", "a small model on a GPU")
+    return ("nf4", "a large model on a CPU") if large else ("fp32", "CPU: bf16 is emulated on many")
