@@ -3,7 +3,6 @@
 Nothing here is run by itself; `python sft_train.py --help` and the README show the stages.
 """
 
-import json
 import os
 import sys
 import warnings
@@ -115,6 +114,11 @@ def unit_hash(seed, key):
     return int(sha256(f"{seed}:{key}")[:13], 16) / 16**13
 
 
+def prompt_of(row):
+    """The user message of a training row of any route."""
+    return row.get("input") or row["prompt"]
+
+
 def row_hash(prompt):
     """What a training run records of a row, and what an evaluation compares."""
     return sha256(prompt)[:16]
@@ -135,11 +139,11 @@ def holdout(rows, seed=SEED, frac=VAL_FRAC):
 
 
 def dev_split(rows, seed=SEED, frac=0.1):
-    """Split training rows into (train, development) by their "group", else by their own text.
+    """Split training rows into (train, development) by their "group", else by their prompt: answers play no part.
 
     The development rows belong to training: they choose the checkpoint and fit the calibration.
     """
-    dev = [unit_hash(f"dev:{seed}", r.get("group") or json.dumps(r, sort_keys=True)) < frac for r in rows]
+    dev = [unit_hash(f"dev:{seed}", r.get("group") or prompt_of(r)) < frac for r in rows]
     return [r for r, d in zip(rows, dev, strict=True) if not d], [r for r, d in zip(rows, dev, strict=True) if d]
 
 

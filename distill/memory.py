@@ -2,7 +2,7 @@
 
 import torch
 
-from common import UserError, completion_ids, prompt_ids
+from common import UserError, completion_ids, prompt_ids, prompt_of
 from distill.fused import CHUNK
 from distill.hardware import cap_memory
 from distill.trees import packed_shape
@@ -50,8 +50,8 @@ def expected_memory(config, precision, shape, lora_r, checkpointing):
 def longest_texts(tokenizer, rows, n, max_len):
     """(token ids, number of trained ones) of what the n longest rows train on: a pair has two texts."""
     fields = next(f for f in (["chosen", "rejected"], ["teacher_output"], ["output"]) if f[0] in rows[0])
-    rows = sorted(rows, key=lambda r: -len(r.get("input") or r["prompt"]) - len(r[fields[0]]))[: 4 * n]
-    prompts = [r.get("input") or r["prompt"] for r in rows]
+    rows = sorted(rows, key=lambda r: -len(prompt_of(r)) - len(r[fields[0]]))[: 4 * n]
+    prompts = [prompt_of(r) for r in rows]
     answers = [completion_ids(tokenizer, prompts, [r[f] for r in rows]) for f in fields]
     found = list(zip(prompt_ids(tokenizer, prompts), *answers, strict=True))
     found = [(p, own) for p, *own in found if len(p) + max(map(len, own)) <= max_len][:n]

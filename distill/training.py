@@ -1,6 +1,5 @@
 """What the three trainers share: rows, the student with its adapter, the run, and the folder that it leaves."""
 
-import json
 import os
 import platform
 import shutil
@@ -30,6 +29,7 @@ from common import (
     log_loss,
     positive,
     prompt_ids,
+    prompt_of,
     read_json,
     read_rows,
     row_hash,
@@ -72,8 +72,8 @@ def split_for(args, rows):
         raise UserError(f"{args.data}: all {len(rows)} rows fell into the development split; expected more rows")
     most = args.dev_rows or (1000 if torch.cuda.is_available() else 100)
     if args.max_steps > 0:
-        train = sorted(train, key=lambda r: unit_hash(args.seed, json.dumps(r)))[: args.max_steps * args.batch_size]
-    return train, sorted(dev, key=lambda r: unit_hash(args.seed, json.dumps(r)))[:most]
+        train = sorted(train, key=lambda r: unit_hash(args.seed, prompt_of(r)))[: args.max_steps * args.batch_size]
+    return train, sorted(dev, key=lambda r: unit_hash(args.seed, prompt_of(r)))[:most]
 
 
 def encode(tokenizer, rows, max_len, prompt, answer):
@@ -255,7 +255,7 @@ def dev_scores(model, tokenizer, task, dev):
     training = model.training
     model.eval()
     scorer = LabelScorer(model, tokenizer, task.labels, task.null_prompts())
-    raw, prior = scorer.score([r.get("input") or r["prompt"] for r in dev]), scorer.prior(task)
+    raw, prior = scorer.score([prompt_of(r) for r in dev]), scorer.prior(task)
     model.train(training)
     known = [{"answer": r.get("output") or r.get("chosen") or r["teacher_output"]} for r in dev]
     return raw, prior, label_classes("development rows", known, "answer", task)

@@ -22,6 +22,7 @@ from common import (
     load_model,
     log_loss,
     prompt_ids,
+    prompt_of,
     read_rows,
     unit_hash,
 )
@@ -109,6 +110,14 @@ def test_no_group_is_on_both_sides_and_a_smaller_share_is_a_subset():
     assert {r["n"] for r in fewer} < {r["n"] for r in held}
     kept, dev = dev_split(train, seed=7)
     assert {r["group"] for r in kept}.isdisjoint({r["group"] for r in dev}) and dev
+
+
+def test_a_row_without_a_group_is_on_the_same_side_before_and_after_it_is_taught():
+    rows = [{"input": f"question {i}"} for i in range(300)]
+    taught = [{**r, "teacher_output": "Good", "teacher_probs": {"Good": 1.0}} for r in rows]
+    pairs = [{"prompt": r["input"], "chosen": "a", "rejected": "b"} for r in rows]
+    sides = [[[prompt_of(r) for r in side] for side in dev_split(given, seed=7)] for given in (rows, taught, pairs)]
+    assert sides[0] == sides[1] == sides[2] and all(sides[0])
 
 
 # The prompt
