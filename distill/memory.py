@@ -159,15 +159,30 @@ class InParts:
         if self.parts == 1:
             return step(model, inputs, num_items_in_batch)
         accumulated, total = self.current_gradient_accumulation_steps, 0
+        weights = getattr(self, "loss_weights", ())  # of DPO's terms
         size = -(-len(rows) // self.parts)
         try:
             for part in (rows[i : i + size] for i in range(0, len(rows), size)):
                 # a mean over rows counts as its share of them; a sum over num_items_in_batch tokens as it is
                 self.current_gradient_accumulation_steps = accumulated * len(rows) / len(part)
+                if weights:
+                    self.loss_weights = part_weights(self.loss_types, weights, part, rows)
                 total = total + step(model, self.data_collator(part), num_items_in_batch)
         finally:
             self.current_gradient_accumulation_steps = accumulated
+            if weights:
+                self.loss_weights = weights
         return total
+
+
+def part_weights(types, weights, part, rows):
+    """Weights of DPO's terms for a part that counts by its rows: TRL's SFT term is a mean over the chosen tokens."""
+    rows_in, tokens_in = len(rows) / len(part), chosen_tokens(part) / chosen_tokens(rows)
+    return [w * tokens_in * rows_in if t == "sft" else w for t, w in zip(types, weights, strict=True)]
+
+
+def chosen_tokens(rows):
+    return sum(len(r["chosen_ids"]) for r in rows)
 
 
 class Rows:

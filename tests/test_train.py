@@ -334,6 +334,7 @@ def rows_for(route, tokenizer, task, n=12):
     texts = [task.prompt(f"Age: {20 + i}.0" + ", Outstanding Debt: 99.0" * (i % 3)) for i in range(n)]
     prompts, labels = prompt_ids(tokenizer, texts), [task.labels[i % 3] for i in range(n)]
     good, bad = completion_ids(tokenizer, texts, labels), completion_ids(tokenizer, texts, labels[1:] + labels[:1])
+    long = completion_ids(tokenizer, texts, [f"{label}{', indeed' * (i % 5)}" for i, label in enumerate(labels)])
     teacher = [[0.7, 0.2, 0.1]] * n
     return {
         "sft": {
@@ -341,7 +342,7 @@ def rows_for(route, tokenizer, task, n=12):
             "labels": [[-100] * len(p) + g for p, g in zip(prompts, good, strict=True)],
         },
         "kd": {"prompt_ids": prompts, "teacher": teacher, "gold": [-1] * n},
-        "dpo": {"prompt_ids": prompts, "chosen_ids": good, "rejected_ids": bad},
+        "dpo": {"prompt_ids": prompts, "chosen_ids": long, "rejected_ids": bad},
     }[route]
 
 
@@ -379,6 +380,7 @@ def weights_after(route, tiny, task, folder, upset=None):
             def _prepare_dataset(self, dataset, *_):
                 return dataset
 
+        options |= {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 2.0]}
         kind, config = trainer_class(Pretokenized, None, []), DPOConfig(**options)
     else:
         kind = trainer_class(SFTTrainer, None, [])
