@@ -391,32 +391,36 @@ def training_arguments(args, model, rows, dev, task):
 
 
 def run_training(trainer, args, task, dev, record, prompts):
-    """Train, or go on; keep the best checkpoint; write the adapter folder. SIGINT saves and says how to resume."""
+    """Train, or go on; keep the best checkpoint; write the adapter folder. Ctrl-C and SIGTERM save first."""
     import torch
     from peft.helpers import disable_input_dtype_casting
     from transformers import TrainerCallback
 
     from distill.memory import fit_micro_batch
 
+    several = trainer.args.world_size > 1
+
     class Interrupt(TrainerCallback):
-        asked = False
+        asked = 0  # the signal's number
 
         def on_step_end(self, _args, state, control, **kwargs):
-            if trainer.args.world_size > 1:  # all processes stop behind the same step
-                anyone = torch.tensor(float(Interrupt.asked), device=trainer.args.device)
-                Interrupt.asked = bool(trainer.accelerator.reduce(anyone, "sum"))
+            if several:  # all processes stop behind the same step
+                own = torch.tensor([Interrupt.asked], device=trainer.args.device)
+                Interrupt.asked = int(trainer.accelerator.gather(own).max())
             if Interrupt.asked:
                 control.should_save = control.should_training_stop = True
 
-    def interrupt(*_):
+    def interrupt(number, _):
         print("\ninterrupted: saving after this step", file=sys.stderr)
-        Interrupt.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one stops at once
+        Interrupt.asked = number
+        if not several:  # a second one stops at once; a launcher passes on what the processes have already heard
+            default_signals()
 
-    if torch.cuda.is_available() and trainer.args.world_size == 1:  # ranks that probe alone would wait for each other
+    if torch.cuda.is_available() and not several:  # ranks that probe alone would wait for each other
         fit_micro_batch(trainer)
     trainer.add_callback(Interrupt)
-    signal.signal(signal.SIGINT, interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
     start = time.time()
     # under autocast PEFT's own cast of every input to fp32 is undone at once: kernels and memory for nothing
     with disable_input_dtype_casting(trainer.model, active=trainer.args.bf16):
@@ -426,8 +430,8 @@ def run_training(trainer, args, task, dev, record, prompts):
         print(
             f"stopped at step {trainer.state.global_step}; the same command with --resume_from_checkpoint last goes on"
         )
-        sys.exit(130)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.exit(128 + Interrupt.asked)  # as a shell tells of a signal
+    default_signals()
     peak = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None  # what nvidia-smi shows
     tensors = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
     record |= {
@@ -452,6 +456,11 @@ def run_training(trainer, args, task, dev, record, prompts):
     if trainer.is_world_process_zero():
         finish(trainer, args, task, weights, scores, record, prompts)
     return record
+
+
+def default_signals():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def finish(trainer, args, task, weights, scores, record, prompts):

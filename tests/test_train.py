@@ -137,6 +137,23 @@ def test_stopped_and_resumed_is_the_run_that_was_not_stopped(run, tiny, data, tm
     assert all(torch.equal(expected[k], found[k]) for k in expected)
 
 
+def test_sigterm_saves_too(tiny, data, tmp_path):
+    from distill.training import damaged_file
+
+    flags = options(tiny, data, "sft", tmp_path / "a", max_steps=400, eval_steps=300)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "sft_train.py", *flags]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
+    seen = b""
+    while b" 3/400" not in seen and started.poll() is None:
+        seen += os.read(started.stdout.fileno(), 4096)
+    started.send_signal(signal.SIGTERM)
+    said = started.communicate(timeout=120)[0].decode()
+    assert started.returncode == 128 + signal.SIGTERM and "--resume_from_checkpoint last goes on" in said, said[-2000:]
+    (saved,) = (tmp_path / "a").glob("checkpoint-*")  # none was due
+    assert 3 <= int(saved.name.split("-")[1]) < 300 and damaged_file(saved) is None
+
+
 GOOD = {"input": "x", "output": "Good", "group": "1"}
 KD = {"input": "x", "teacher_output": "Good"}
 
