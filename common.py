@@ -242,6 +242,29 @@ def add_adapter(model, folder, name="default", trainable=False):
     return model.eval()
 
 
+def check_models(names):
+    """UserError for the first of `names` that load_model would refuse, as far as it shows before weights are loaded."""
+    from safetensors import safe_open
+
+    bases = []
+    for name in names:
+        if not (Path(name) / "adapter_config.json").is_file():
+            bases.append(name)
+            continue
+        bases.append(adapter_base(name))
+        path = Path(name) / "adapter_model.safetensors"
+        try:
+            with safe_open(path, "pt") as weights:
+                of_b = [key for key in weights.keys() if "lora_B" in key]  # noqa: SIM118 - it is no dict
+                zero = [key for key in of_b if not weights.get_tensor(key).any()]
+        except (OSError, SafetensorError) as e:
+            raise UserError(f"{path}: damaged: {e}") from None
+        if zero:
+            raise UserError(f"{name}: {len(zero)} matrices are zero, for example {zero[0]}: training left them")
+    for base in dict.fromkeys(bases):
+        base_config(base)
+
+
 def load_model(name_or_dir, precision="auto"):
     """(model, tokenizer) of a hub id, a local folder, the embedded student, or an adapter folder on its base."""
     if not (Path(name_or_dir) / "adapter_config.json").is_file():

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import UserError, cli, load_model, row_hash, write_json, write_jsonl
+from common import UserError, check_models, cli, load_model, row_hash, write_json, write_jsonl
 from distill.codegen_sandbox import KINDS, describe_isolation, run_many
 from distill.report import run_record
 from infer_codegen import (
@@ -49,6 +49,7 @@ def main(args):
         raise UserError("expected --model_dir and --out_dir, or --reference")
     if max(args.k) > args.n:
         raise UserError(f"--k {max(args.k)}: expected at most --n {args.n}")
+    check_models(args.model_dir)
     results = []
     for name in args.model_dir:
         overlap = check_overlap(name, problems, args.allow_overlap)

@@ -30,6 +30,7 @@ from common import (
     Task,
     UserError,
     atomic_write,
+    check_models,
     cli,
     dev_split,
     file_sha256,
@@ -63,6 +64,7 @@ def main(args):
             raise UserError(
                 f"{name}: its task is not that of {args.model_dir[0]}; expected the same labels and template"
             )
+    check_models(args.model_dir)
     bias = label_bias(args.label_bias, task)
     rows, dropped = read_raw(args.data, args.columns)
     label_classes(args.data, rows, "answer", task)

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common import SEED, UserError, cli, holdout, load_model, row_hash, write_json, write_jsonl
+from common import SEED, UserError, check_models, cli, holdout, load_model, row_hash, write_json, write_jsonl
 from distill.idp_decode import Constraint, Vocabulary, check_schema, validator
 from distill.report import run_record
 from idp_prepare import read_corpus
@@ -274,6 +274,7 @@ def main(args):
     if not rows:
         raise UserError(f"{args.data}: no held-out rows; expected more groups or a larger --val_frac")
     prompts = [idp_prompt(schema, r["document"]) for r in rows]
+    check_models(args.model_dir)
     overlap = {name: check_overlap(name, prompts, args.allow_overlap) for name in args.model_dir}
     gold, groups = [r["gold"] for r in rows], [r["group"] for r in rows]
     report = {"run": run_record(args), "n": len(rows), "groups": len(set(groups)), "training_overlap": overlap}

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from common import Task, holdout, row_hash, write_json
+from common import Task, UserError, check_models, holdout, row_hash, write_json
 from eval_creditmix import bootstrap, confusion, ece, from_confusion, mcnemar, metrics, takes_over
 
 LABELS = ("Good", "Good enough", "Standard", "Bad", "Very bad indeed", "Very good")  # one begins another
@@ -124,6 +124,26 @@ def test_a_model_that_saw_the_rows_is_refused(run, tiny_adapter, raw, tmp_path):
     (adapter / "train_rows.txt").write_text("\n".join(row_hash(TASK6.prompt(r["question"])) for r in rows))
     done = run("eval_creditmix.py", *flags, "--allow_overlap", "--fit_calibration")
     assert done.returncode == 2 and "no development row that it was not trained on" in done.stderr
+
+
+def test_a_model_that_cannot_be_is_told_before_another_is_scored(run, tiny, tiny_adapter, raw, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_adapter("sft"), broken)
+    TASK6.save(broken / "task.json")
+    path = broken / "adapter_model.safetensors"
+    weights = load_file(path)
+    save_file({k: w * ("lora_A" in k) for k, w in weights.items()}, path)
+    flags = ["--data", raw / "rows.json", "--task", raw / "task.json", "--out", tmp_path / "report"]
+    done = run("eval_creditmix.py", "--model_dir", tiny, broken, *flags)
+    assert done.returncode == 2 and not (tmp_path / "report").exists()
+    assert f"error: {broken}: 14 matrices are zero, for example " in done.stderr, done.stderr[-1500:]
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors: damaged: "):
+        check_models([tiny, broken])
+    with pytest.raises(UserError, match="nowhere: neither a model folder nor"):
+        check_models([tiny, tiny_adapter("sft"), tmp_path / "nowhere"])
 
 
 @pytest.mark.parametrize(
