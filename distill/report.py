@@ -29,6 +29,20 @@ def run_record(args):
     }
 
 
+SHOWN = {
+    "loss": "loss",
+    "learning_rate": "learning rate",
+    "eval_loss": "development loss",
+    "eval_accuracy": "accuracy",
+    "eval_label_log_loss": "label log-loss",
+}
+
+
+def step_line(step, logs):
+    """One line for the terminal of all that a trainer logs at a step."""
+    return f"step {step}: " + ", ".join(f"{name} {logs[key]:.4g}" for key, name in SHOWN.items() if key in logs)
+
+
 def draw_curve(history, path):
     """Loss, and development accuracy where there is one, by step."""
     import matplotlib

@@ -37,7 +37,7 @@ from common import (
     write_json,
 )
 from distill.hardware import cap_memory, choose_precision
-from distill.report import draw_curve, run_record, write_card
+from distill.report import draw_curve, run_record, step_line, write_card
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -237,6 +237,8 @@ def trainer_class(trainer, task, dev):
                 found = {f"{metric_key_prefix}_{k}": v for k, v in found.items()}
                 self.log(found)
                 metrics |= found
+            if self.is_world_process_zero():
+                tqdm.write(step_line(self.state.global_step, metrics))
             return metrics
 
     return Student
@@ -394,11 +396,16 @@ def run_training(trainer, args, task, dev, record, prompts):
     """Train, or go on; keep the best checkpoint; write the adapter folder. Ctrl-C and SIGTERM save first."""
     import torch
     from peft.helpers import disable_input_dtype_casting
-    from transformers import TrainerCallback
+    from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
     from distill.memory import fit_micro_batch
 
     several = trainer.args.world_size > 1
+
+    class Progress(ProgressCallback):  # TensorBoard and the history have all that TRL measures, the terminal a line
+        def on_log(self, _args, state, control, logs=None, **kwargs):
+            if self.training_bar is not None and "loss" in logs:
+                self.training_bar.write(step_line(state.global_step, logs))
 
     class Interrupt(TrainerCallback):
         asked = 0  # the signal's number
@@ -419,6 +426,8 @@ def run_training(trainer, args, task, dev, record, prompts):
     if torch.cuda.is_available() and not several:  # ranks that probe alone would wait for each other
         fit_micro_batch(trainer)
     trainer.add_callback(Interrupt)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(Progress)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
     start = time.time()
