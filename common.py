@@ -173,17 +173,17 @@ def base_config(name):
     return path, config, tokenizer
 
 
-def load_base(name, precision="auto"):
+def load_base(name, precision="auto", base=None):
     """(model, tokenizer) of a hub id, a local folder or the embedded student, in eval mode.
 
     Attention goes through sdpa, transformers' default, where the architecture has it.
 
-    precision: auto, nf4 (QLoRA: double quantisation, bf16 compute), bf16 or fp32.
+    precision: auto, nf4 (QLoRA: double quantisation, bf16 compute), bf16 or fp32. base: base_config(name), if known.
     """
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    path, config, tokenizer = base_config(name)
+    path, config, tokenizer = base or base_config(name)
     precision, why = choose_precision(config, precision)
     print(f"{name}: {precision} on {device()} ({why})", file=sys.stderr)
     kwargs = {"dtype": torch.float32 if precision == "fp32" else torch.bfloat16}
@@ -283,16 +283,17 @@ def prompt_ids(tokenizer, prompts):
     return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
 
-def completion_ids(tokenizer, prompts, answers):
+def completion_ids(tokenizer, prompts, answers, begins=None):
     """Token ids of each answer behind its prompt, the end of the turn included: list[str] x 2 -> list[list[int]].
 
+    begins: prompt_ids(tokenizer, prompts), where they are known.
     Error: UserError where prompt and answer do not meet at a token boundary, since what is trained would then not be
     what is scored.
     """
     whole = [_chat(tokenizer, p, a) for p, a in zip(prompts, answers, strict=True)]
     whole = tokenizer(whole, add_special_tokens=False)["input_ids"] if whole else []
     out = []
-    for prompt, ids, answer in zip(prompt_ids(tokenizer, prompts), whole, answers, strict=True):
+    for prompt, ids, answer in zip(begins or prompt_ids(tokenizer, prompts), whole, answers, strict=True):
         tail = ids[len(prompt) :]
         if ids[: len(prompt)] != prompt or tokenizer.eos_token_id not in tail:
             raise UserError(f"answer {answer[:40]!r}: the chat template does not put it behind the prompt and end it")

@@ -11,12 +11,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from common import UserError, adapter_base, between, cli, label_classes, positive
+from common import UserError, adapter_base, between, cli, completion_ids, label_classes, positive, prompt_ids
 from distill.training import (
     add_arguments,
     dataset,
     describe,
-    encode,
+    drop_long,
     load_student,
     lora,
     lora_config,
@@ -39,7 +39,7 @@ def main(args):
     if args.init_adapter and adapter_base(args.init_adapter) != args.student:
         raise UserError(f"{args.init_adapter}: trained on {adapter_base(args.init_adapter)}; expected {args.student}")
     train, dev = split_for(args, rows)
-    start_run(args, "dpo")
+    record = start_run(args, "dpo")
     model, tokenizer = load_student(args, train)
     train, dropped = pairs(tokenizer, train, args.max_len)
     dev, _ = pairs(tokenizer, dev, args.max_len)
@@ -74,22 +74,22 @@ def main(args):
         processing_class=tokenizer,
     )
     trainer.add_callback(chosen_watch())
-    record = {"route": "dpo", **told, "reference": reference}
-    run_training(trainer, args, task, dev, record, [r["prompt"] for r in train])
+    run_training(trainer, args, task, dev, {**record, **told, "reference": reference}, [r["prompt"] for r in train])
 
 
 def pairs(tokenizer, rows, max_len):
     """Rows with prompt_ids, chosen_ids and rejected_ids, and the number dropped because either is too long."""
-    chosen, dropped = encode(tokenizer, [{**r, "at": i} for i, r in enumerate(rows)], max_len, "prompt", "chosen")
-    rejected, also = encode(tokenizer, chosen, max_len, "prompt", "rejected")
-    chosen = {r["at"]: r for r in chosen}
-    out = []
-    for row in rejected:
-        n = row["labels"].count(-100)
-        better = chosen[row["at"]]["input_ids"]
-        ids = {"prompt_ids": better[:n], "chosen_ids": better[n:], "rejected_ids": row["input_ids"][n:]}
-        out.append({**chosen[row["at"]], **ids})
-    return out, {reason: dropped[reason] + also[reason] for reason in dropped}
+    texts = [r["prompt"] for r in rows]
+    prompts = prompt_ids(tokenizer, texts)
+    chosen, rejected = (
+        completion_ids(tokenizer, texts, [r[answer] for r in rows], prompts) for answer in ("chosen", "rejected")
+    )
+    out, lengths = [], []
+    for row, p, good, bad in zip(rows, prompts, chosen, rejected, strict=True):
+        shown = {"prompt_ids": p, "input_ids": p + good, "labels": [-100] * len(p) + good}
+        out.append({**row, **shown, "chosen_ids": good, "rejected_ids": bad})
+        lengths.append(len(p) + max(len(good), len(bad)))
+    return drop_long(out, lengths, max_len)
 
 
 def chosen_watch():

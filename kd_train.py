@@ -22,6 +22,7 @@ from distill.training import (
     encode,
     load_student,
     lora,
+    may_start,
     read_training_rows,
     run_training,
     split_for,
@@ -32,6 +33,47 @@ from distill.training import (
 
 
 def main(args):
+    rows, task = read_kd_rows(args)
+    same = may_start(args, "kd")
+    student = base_config(args.student)
+    tokenizer = student[2]
+    rows, untaught = teach(args, rows, task, tokenizer) if args.teacher else (rows, {})
+    if args.teacher and task:
+        add_distributions(args.teacher, rows, task)
+    train, dev = split_for(args, rows)
+    train, dropped = encode(tokenizer, train, args.max_len, "input", "teacher_output")
+    dev, _ = encode(tokenizer, dev, args.max_len, "input", "teacher_output")
+    told = describe(tokenizer, train, dropped) | {"rows_untaught": untaught, "teacher": args.teacher}
+    top_k = TopK(args, tokenizer, train + dev) if by_tokens(args, task) else None
+    record = start_run(args, "kd", same)
+    model, tokenizer = load_student(args, train, student)
+
+    from trl import SFTConfig, SFTTrainer
+
+    kind, options = trainer_class(SFTTrainer, task, dev), training_arguments(args, model, train, dev, task)
+    loss, columns = "sequence", ["input_ids", "labels"]
+    if task and any(r.get("teacher_probs") for r in rows):
+        loss, columns = "label distribution", ["prompt_ids", "teacher", "gold"]
+        kind = distribution_trainer(kind, label_trie(tokenizer, task.labels), args)
+    elif top_k:
+        loss, columns = "token distribution", ["input_ids", "labels", "row"]
+        told["teacher_tokens"] = top_k.record
+        kind = token_trainer(kind, top_k, args)
+    if loss != "sequence":
+        print(f"loss: {loss}, temperature {args.temperature}, share of the given label or token {args.alpha}")
+        options |= {"remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    trainer = kind(
+        model=lora(model, args),
+        args=SFTConfig(**options, max_length=None, shuffle_dataset=False),
+        train_dataset=dataset(train, *columns),
+        eval_dataset=dataset(dev, *columns),
+        processing_class=tokenizer,
+    )
+    run_training(trainer, args, task, dev, {**record, **told, "loss": loss}, [r["input"] for r in train])
+
+
+def read_kd_rows(args):
+    """(rows, task or None) of args.data, checked: each has its answer, or there is a teacher that can give it."""
     optional = {"teacher_output": str, "teacher_probs": dict, "output": str}
     rows, task = read_training_rows(args, {"input": str}, "teacher_output", optional)
     if task is None and any(r.get("teacher_probs") for r in rows):
@@ -43,51 +85,10 @@ def main(args):
         )
     if task:
         label_classes(args.data, rows, "output", task, unknown=(None,))
-    if task and any(r.get("teacher_probs") for r in rows):
         add_distributions(args.data, rows, task)
     if args.teacher:
         check(args, task)
-    start_run(args, "kd", write=False)
-    tokenizer = base_config(args.student)[2]
-    rows, useless = teach(args, rows, task, tokenizer) if args.teacher else (rows, {})
-    by_distribution = task is not None and any(r.get("teacher_probs") for r in rows)
-    if by_distribution:
-        add_distributions(args.data, rows, task)
-    train, dev = split_for(args, rows)
-    train, dropped = encode(tokenizer, train, args.max_len, "input", "teacher_output")
-    dev, _ = encode(tokenizer, dev, args.max_len, "input", "teacher_output")
-    told = describe(tokenizer, train, dropped)
-    told["rows_untaught"] = useless
-    top_k = TopK(args, tokenizer, train + dev) if by_tokens(args, task) else None
-    start_run(args, "kd")
-    model, tokenizer = load_student(args, train)
-
-    from trl import SFTConfig, SFTTrainer
-
-    kind = trainer_class(SFTTrainer, task, dev)
-    loss, columns = "sequence", ["input_ids", "labels"]
-    options = training_arguments(args, model, train, dev, task)
-    if by_distribution:
-        loss, columns = "label distribution", ["prompt_ids", "teacher", "gold"]
-        kind = distribution_trainer(kind, label_trie(tokenizer, task.labels), args)
-        for row in train + dev:
-            row["prompt_ids"] = row["input_ids"][: row["labels"].count(-100)]
-    elif top_k:
-        loss, columns = "token distribution", ["input_ids", "labels", "row"]
-        kind = token_trainer(kind, top_k, args)
-        told["teacher_tokens"] = top_k.record
-    if loss != "sequence":
-        print(f"loss: {loss}, temperature {args.temperature}, share of the given label or token {args.alpha}")
-        options |= {"remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
-    trainer = kind(
-        model=lora(model, args),
-        args=SFTConfig(**options, max_length=None, shuffle_dataset=False),
-        train_dataset=dataset(train, *columns),
-        eval_dataset=dataset(dev, *columns),
-        processing_class=tokenizer,
-    )
-    record = {"route": "kd", **told, "teacher": args.teacher, "loss": loss}
-    run_training(trainer, args, task, dev, record, [r["input"] for r in train])
+    return rows, task
 
 
 def add_distributions(path, rows, task):
@@ -96,8 +97,8 @@ def add_distributions(path, rows, task):
     Error: UserError naming the row whose probabilities are none.
     """
     for i, row in enumerate(rows, 1):
-        if not row.get("teacher_output"):
-            continue  # a teacher has yet to give it
+        if "teacher" in row or not row.get("teacher_output"):
+            continue  # it has them, or a teacher has yet to give them
         p = row.get("teacher_probs") or {row["teacher_output"]: 1.0}
         place = f"{path}: row {i}: field 'teacher_probs'"
         if set(p) - set(task.labels):

@@ -27,7 +27,7 @@ from distill.training import (
 def main(args):
     rows, task = read_training_rows(args, {"input": str, "output": str}, answer="output")
     train, dev = split_for(args, rows)
-    start_run(args, "sft")
+    record = start_run(args, "sft")
     model, tokenizer = load_student(args, train)
     train, dropped = encode(tokenizer, train, args.max_len, "input", "output")
     dev, _ = encode(tokenizer, dev, args.max_len, "input", "output")
@@ -42,7 +42,7 @@ def main(args):
         eval_dataset=dataset(dev, "input_ids", "labels"),
         processing_class=tokenizer,
     )
-    run_training(trainer, args, task, dev, {"route": "sft", **told}, [r["input"] for r in train])
+    run_training(trainer, args, task, dev, {**record, **told}, [r["input"] for r in train])
 
 
 if __name__ == "__main__":

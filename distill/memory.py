@@ -52,8 +52,9 @@ def longest_texts(tokenizer, rows, n, max_len):
     fields = next(f for f in (["chosen", "rejected"], ["teacher_output"], ["output"]) if f[0] in rows[0])
     rows = sorted(rows, key=lambda r: -len(prompt_of(r)) - len(r[fields[0]]))[: 4 * n]
     prompts = [prompt_of(r) for r in rows]
-    answers = [completion_ids(tokenizer, prompts, [r[f] for r in rows]) for f in fields]
-    found = list(zip(prompt_ids(tokenizer, prompts), *answers, strict=True))
+    begins = prompt_ids(tokenizer, prompts)
+    answers = [completion_ids(tokenizer, prompts, [r[f] for r in rows], begins) for f in fields]
+    found = list(zip(begins, *answers, strict=True))
     found = [(p, own) for p, *own in found if len(p) + max(map(len, own)) <= max_len][:n]
     texts = [(p + a, len(a)) for p, own in found for a in own]
     return [ids for ids, _ in texts], [trained for _, trained in texts]

@@ -107,10 +107,11 @@ def encoded_for(own, tokenizer, args, rows):
     Error: UserError where the two templates end a turn with different tokens.
     """
     prompts, outputs = [r["input"] for r in rows], [r["teacher_output"] for r in rows]
-    answers = completion_ids(own, prompts, outputs)
+    begins = prompt_ids(own, prompts)
+    answers = completion_ids(own, prompts, outputs, begins)
     if answers != completion_ids(tokenizer, prompts, outputs):
         raise UserError(f"{args.teacher}: its chat template writes an answer with other tokens than {args.student}'s")
-    return list(zip(prompt_ids(own, prompts), answers, strict=True))
+    return list(zip(begins, answers, strict=True))
 
 
 def save_shard(path, model, rows, size, k):

@@ -82,14 +82,22 @@ def encode(tokenizer, rows, max_len, prompt, answer):
     Error: UserError when every row is too long.
     """
     prompts = prompt_ids(tokenizer, [r[prompt] for r in rows])
-    answers = completion_ids(tokenizer, [r[prompt] for r in rows], [r[answer] for r in rows])
-    kept = [
-        {**row, "input_ids": p + a, "labels": [-100] * len(p) + a}
-        for row, p, a in zip(rows, prompts, answers, strict=True)
-        if len(p) + len(a) <= max_len
-    ]
+    answers = completion_ids(tokenizer, [r[prompt] for r in rows], [r[answer] for r in rows], prompts)
+    return drop_long(
+        [
+            {**row, "prompt_ids": p, "input_ids": p + a, "labels": [-100] * len(p) + a}
+            for row, p, a in zip(rows, prompts, answers, strict=True)
+        ],
+        [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)],
+        max_len,
+    )
+
+
+def drop_long(rows, lengths, max_len):
+    """Rows of at most max_len tokens, and how many were dropped, by reason. Error: UserError when it is all of them."""
+    kept = [row for row, length in zip(rows, lengths, strict=True) if length <= max_len]
     if rows and not kept:
-        shortest = min(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
+        shortest = min(lengths)
         raise UserError(f"all {len(rows)} rows are longer than --max_len {max_len}; the shortest has {shortest} tokens")
     return kept, {f"longer than {max_len} tokens": len(rows) - len(kept)}
 
@@ -120,17 +128,17 @@ def dataset(rows, *columns):
 # The student
 
 
-def load_student(args, rows):
+def load_student(args, rows, base=None):
     """(model, tokenizer) of args.student under --max_vram_gb; what a step is expected to take is told before loading.
 
-    Error: UserError where the weights alone are more than the cap.
+    base: base_config(args.student), where it is known. Error: UserError where the weights alone are more than the cap.
     """
     from distill.memory import expected_memory, expected_step, longest_texts, smaller
 
     cap = cap_memory(args.max_vram_gb)
     if args.max_vram_gb and not cap:
         print("--max_vram_gb: no GPU here, so there is nothing to cap")
-    _, config, tokenizer = base_config(args.student)
+    _, config, tokenizer = base = base or base_config(args.student)
     precision, _ = choose_precision(config, args.precision)
     micro, _ = micro_batch(args)
     try:
@@ -144,7 +152,7 @@ def load_student(args, rows):
             raise UserError(
                 f"{args.student}: {weights:.1f} GiB of weights in {precision} under {cap:.1f} GiB; {smaller(precision)}"
             )
-    model, tokenizer = load_base(args.student, args.precision)
+    model, tokenizer = load_base(args.student, args.precision, base)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # evaluation would rewrite 4-bit weights for a CPU kernel that gives the layers below no gradient
@@ -271,26 +279,21 @@ def dev_scores(model, tokenizer, task, dev):
 FREE = {"save_dir", "resume_from_checkpoint", "micro_batch", "max_vram_gb", "eval_steps", "teacher_timeout"}
 
 
-def start_run(args, route, write=True):
+def may_start(args, route):
     """Look before anything is overwritten or computed: the folder, and what --resume_from_checkpoint names.
 
     A resumed run must be the same run: other rows would go unseen by the evaluation's overlap check.
-    write=False only looks, for a stage that computes something long before its run starts.
+    -> {field: value} by which run.json tells the run from another.
     """
     now = {"route": route, "student": args.student, "data_sha256": file_sha256(args.data)}
     now |= {k: str(v) for k, v in vars(args).items() if k not in FREE}
-    checkpoints = [p for p in Path(args.save_dir).glob("checkpoint-*") if p.name.split("-")[1].isdecimal()]
-    checkpoints.sort(key=lambda p: int(p.name.split("-")[1]))
+    checkpoints = checkpoints_in(args.save_dir)
     if not args.resume_from_checkpoint:
         if any((p / "trainer_state.json").is_file() for p in checkpoints):
             raise UserError(f"{args.save_dir}: an unfinished run; expected --resume_from_checkpoint last")
         if (Path(args.save_dir) / "README.md").is_file() and not (Path(args.save_dir) / "run.json").is_file():
             raise UserError(f"{args.save_dir}: its README.md is no run's; expected --save_dir, a folder of its own")
-        if write and int(os.environ.get("RANK", 0)) == 0:
-            for part in checkpoints:  # of a run that was killed while it wrote its first
-                shutil.rmtree(part)
-            write_json(Path(args.save_dir) / "run.json", {"status": "started", "same": now, **run_record(args)})
-        return
+        return now
     if args.resume_from_checkpoint == "last":
         found = [p for p in checkpoints if (p / "trainer_state.json").is_file()]
         if not found:
@@ -308,6 +311,24 @@ def start_run(args, route, write=True):
     for name, value in now.items():
         if before.get(name) != value:
             raise UserError(f"{folder}: field '{name}' of its run.json is {before.get(name)!r}; expected {value!r}")
+    return now
+
+
+def start_run(args, route, same=None):
+    """Begin the run's folder -> the first fields of its record. same: of may_start, where it was asked long before."""
+    same = same or may_start(args, route)
+    if not args.resume_from_checkpoint and int(os.environ.get("RANK", 0)) == 0:
+        for part in checkpoints_in(args.save_dir):
+            if not (part / "trainer_state.json").is_file():  # of a run that was killed while it wrote its first
+                shutil.rmtree(part)
+        write_json(Path(args.save_dir) / "run.json", {"status": "started", "same": same, **run_record(args)})
+    return {"route": route, "data_sha256": same["data_sha256"]}
+
+
+def checkpoints_in(folder):
+    """Its checkpoint-STEP folders in the order of steps."""
+    found = [p for p in Path(folder).glob("checkpoint-*") if p.name.split("-")[1].isdecimal()]
+    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
 
 
 def damaged_file(checkpoint):
@@ -447,7 +468,6 @@ def run_training(trainer, args, task, dev, record, prompts):
         "student": args.student,
         "precision": trainer.model.get_base_model().precision,
         "task": task.name if task else None,
-        "data_sha256": file_sha256(args.data),
         "rows": len(prompts),
         "steps": trainer.state.global_step,
         "train_loss": result.training_loss,

@@ -186,6 +186,13 @@ def why_no_trees(model, longest=0):
         return f"it has {' and '.join(sorted(other))} layers"
     if longest > window(config):
         return f"its attention looks back {window(config)} tokens and the longest text has {longest}"
+    if not hasattr(model, "ignores_mask"):  # trainer and scorer both ask
+        model.ignores_mask = ignores_mask(model)
+    return model.ignores_mask
+
+
+def ignores_mask(model):
+    """None where a token tree gives what separate texts give, else what the model does with the mask; tried."""
     training = model.training
     model.eval()
     try:

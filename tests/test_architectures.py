@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from common import LabelScorer, load_base
+from distill import trees
 from distill.embedded import embedded_student
 from distill.trees import why_no_trees
 
@@ -61,6 +62,13 @@ def test_trees_are_tried_before_they_are_used(folders, name, longest, reason):
     model, _ = load_base(folders(name), "fp32")
     why = why_no_trees(model, longest)
     assert why is None if reason is None else reason in why
+
+
+def test_trainer_and_scorer_try_a_model_once(folders, task, monkeypatch):
+    tried = []
+    monkeypatch.setattr(trees, "try_tree", lambda model, own=trees.try_tree: tried.append(model) or own(model))
+    model, tokenizer = load_base(folders("phi3"), "fp32")
+    assert why_no_trees(model, 100) is None and LabelScorer(model, tokenizer, task.labels).trees and tried == [model]
 
 
 def test_attention_that_adds_a_boolean_mask_as_numbers_is_found_out(folders):
