@@ -11,6 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from distill.adapters import adapter_base, add_adapter, check_adapter
 from distill.embedded import EMBEDDED, embedded_student
 from distill.files import (  # noqa: F401 - every stage takes these from here
     ROOT,
@@ -213,54 +214,9 @@ def load_base(name, precision="auto", base=None):
     return model, tokenizer
 
 
-def adapter_base(folder):
-    """The base model's name that an adapter folder was trained on; UserError when the folder is no adapter."""
-    config = read_json(Path(folder) / "adapter_config.json")
-    check_row(f"{folder}/adapter_config.json", config, {"base_model_name_or_path": str}, {})
-    if not (Path(folder) / "adapter_model.safetensors").is_file():
-        raise UserError(f"{folder}: adapter_model.safetensors is missing; expected a folder that a trainer wrote")
-    return config["base_model_name_or_path"]
-
-
-def add_adapter(model, folder, name="default", trainable=False):
-    """The base model with one more adapter from `folder`; UserError when it does not fit or did not load."""
-    from peft import PeftModel
-
-    try:
-        if isinstance(model, PeftModel):
-            model.load_adapter(folder, adapter_name=name)
-        else:
-            base, model = model, PeftModel.from_pretrained(model, folder, adapter_name=name, is_trainable=trainable)
-            model.precision = base.precision
-    except (RuntimeError, ValueError, TypeError, LookupError, SafetensorError) as e:
-        reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
-        raise UserError(f"{folder}: does not load on {model.config.name_or_path}: {reason}") from None
-    # PEFT leaves what it did not find at its initial zero, and the base model would answer (peft#2699)
-    zero = [n for n, p in model.named_parameters() if f"lora_B.{name}." in n and not p.any()]
-    if zero:
-        raise UserError(f"{folder}: {len(zero)} matrices are missing or zero on this base, for example {zero[0]}")
-    return model.eval()
-
-
 def check_models(names):
     """UserError for the first of `names` that load_model would refuse, as far as it shows before weights are loaded."""
-    from safetensors import safe_open
-
-    bases = []
-    for name in names:
-        if not (Path(name) / "adapter_config.json").is_file():
-            bases.append(name)
-            continue
-        bases.append(adapter_base(name))
-        path = Path(name) / "adapter_model.safetensors"
-        try:
-            with safe_open(path, "pt") as weights:
-                of_b = [key for key in weights.keys() if "lora_B" in key]  # noqa: SIM118 - it is no dict
-                zero = [key for key in of_b if not weights.get_tensor(key).any()]
-        except (OSError, SafetensorError) as e:
-            raise UserError(f"{path}: damaged: {e}") from None
-        if zero:
-            raise UserError(f"{name}: {len(zero)} matrices are zero, for example {zero[0]}: training left them")
+    bases = [check_adapter(n) if (Path(n) / "adapter_config.json").is_file() else n for n in names]
     for base in dict.fromkeys(bases):
         base_config(base)
 
