@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from common import UserError, adapter_base, between, cli, completion_ids, label_classes, positive, prompt_ids
+from distill.checkpoints import start_run
 from distill.training import (
     add_arguments,
     dataset,
@@ -23,7 +24,6 @@ from distill.training import (
     read_training_rows,
     run_training,
     split_for,
-    start_run,
     trainer_class,
     training_arguments,
 )

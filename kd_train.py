@@ -13,6 +13,7 @@ every token of the answers, given or its own: the top-k log-probs are kept on di
 import argparse
 
 from common import UserError, base_config, between, cli, label_classes, label_trie, positive
+from distill.checkpoints import may_start, start_run
 from distill.teacher_topk import TopK
 from distill.teachers import by_tokens, check, teach
 from distill.training import (
@@ -22,11 +23,9 @@ from distill.training import (
     encode,
     load_student,
     lora,
-    may_start,
     read_training_rows,
     run_training,
     split_for,
-    start_run,
     trainer_class,
     training_arguments,
 )

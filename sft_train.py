@@ -8,6 +8,7 @@
 import argparse
 
 from common import cli
+from distill.checkpoints import start_run
 from distill.training import (
     add_arguments,
     dataset,
@@ -18,7 +19,6 @@ from distill.training import (
     read_training_rows,
     run_training,
     split_for,
-    start_run,
     trainer_class,
     training_arguments,
 )

@@ -142,7 +142,7 @@ def test_stopped_and_resumed_is_the_run_that_was_not_stopped(run, tiny, data, tm
 
 
 def test_sigterm_saves_too(tiny, data, tmp_path):
-    from distill.training import damaged_file
+    from distill.checkpoints import damaged_file
 
     flags = options(tiny, data, "sft", tmp_path / "a", max_steps=400, eval_steps=300)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -272,7 +272,7 @@ def run_arguments(data, folder, **more):
 
 
 def test_a_run_killed_in_its_first_checkpoint_starts_again(data, tmp_path):
-    from distill.training import start_run
+    from distill.checkpoints import start_run
 
     start_run(run_arguments(data, tmp_path), "sft")
     (checkpoint(tmp_path, 4) / "trainer_state.json").unlink()  # the last file of a checkpoint
@@ -285,7 +285,7 @@ def test_a_run_killed_in_its_first_checkpoint_starts_again(data, tmp_path):
 )
 def test_a_damaged_checkpoint_is_named(data, tmp_path, name):
     from common import UserError
-    from distill.training import start_run
+    from distill.checkpoints import start_run
 
     start_run(run_arguments(data, tmp_path), "sft")
     checkpoint(tmp_path, 8)
@@ -301,7 +301,7 @@ def test_a_damaged_checkpoint_is_named(data, tmp_path, name):
 
 def test_another_learning_rate_is_another_run(data, tmp_path):
     from common import UserError
-    from distill.training import start_run
+    from distill.checkpoints import start_run
 
     start_run(run_arguments(data, tmp_path), "sft")
     checkpoint(tmp_path, 4)
@@ -311,7 +311,7 @@ def test_another_learning_rate_is_another_run(data, tmp_path):
 
 def test_a_readme_that_is_no_runs_is_not_overwritten(data, tmp_path):
     from common import UserError
-    from distill.training import start_run
+    from distill.checkpoints import start_run
 
     (tmp_path / "README.md").write_text("mine")
     with pytest.raises(UserError, match=r"its README.md is no run's; expected --save_dir, a folder of its own"):
