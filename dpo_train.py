@@ -15,12 +15,14 @@ from common import UserError, adapter_base, between, cli, completion_ids, label_
 from distill.checkpoints import start_run
 from distill.training import (
     add_arguments,
+    add_noise_argument,
     dataset,
     describe,
     drop_long,
     load_student,
     lora,
     lora_config,
+    noisy_passes,
     read_training_rows,
     run_training,
     split_for,
@@ -39,6 +41,8 @@ def main(args):
     if args.init_adapter and adapter_base(args.init_adapter) != args.student:
         raise UserError(f"{args.init_adapter}: trained on {adapter_base(args.init_adapter)}; expected {args.student}")
     train, dev = split_for(args, rows)
+    prompts = [r["prompt"] for r in train]
+    train, passes = noisy_passes(args, train, "prompt", "chosen", task)
     record = start_run(args, "dpo")
     model, tokenizer = load_student(args, train)
     train, dropped = pairs(tokenizer, train, args.max_len)
@@ -50,7 +54,7 @@ def main(args):
     import torch
     from trl import DPOConfig, DPOTrainer
 
-    options = training_arguments(args, model, train, dev, task) | {
+    options = training_arguments(args, model, train, dev, task, passes) | {
         "beta": args.beta,
         "loss_type": ["sigmoid", "sft"] if args.sft_weight else ["sigmoid"],
         "loss_weights": [1.0, args.sft_weight] if args.sft_weight else None,
@@ -74,7 +78,7 @@ def main(args):
         processing_class=tokenizer,
     )
     trainer.add_callback(chosen_watch())
-    run_training(trainer, args, task, dev, {**record, **told, "reference": reference}, [r["prompt"] for r in train])
+    run_training(trainer, args, task, dev, {**record, **told, "reference": reference}, prompts)
 
 
 def pairs(tokenizer, rows, max_len):
@@ -118,6 +122,7 @@ def chosen_watch():
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, "data/creditmix_dpo.jsonl", "runs/creditmix_dpo", 1e-4)
+    add_noise_argument(parser)
     parser.add_argument("--beta", type=positive(float), default=0.3, help="how close to the reference (default: 0.3)")
     parser.add_argument(
         "--sft_weight",

@@ -201,6 +201,26 @@ def mistakes(gold, document):
     return out
 
 
+def exchanged(row, rows, rng):
+    """The row with about half of the values that its document shows letter for letter taken from other documents.
+
+    From few documents a model learns where each template puts a value; with values that come and go it has to learn
+    what a value looks like. A document's other places that show the same value change with it.
+    """
+    document, gold = row["document"], row["gold"]
+    for key in gold if isinstance(gold, dict) else ():
+        if shows(row, key) and rng.random() < 0.5:
+            value = rng.choice([other["gold"][key] for other in rows if shows(other, key)])
+            document, gold = document.replace(gold[key], value), {**gold, key: value}
+    return {**row, "document": document, "gold": gold}
+
+
+def shows(row, key):
+    """Whether the document shows this value of the gold as it stands; a few letters could be there by chance."""
+    value = row["gold"].get(key) if isinstance(row["gold"], dict) else None
+    return isinstance(value, str) and len(value) > 3 and value in row["document"]
+
+
 def rejected_answer(row, judge, rng):
     """(name, value) of a mistake that is valid JSON of the schema and not the gold; None where there is none."""
     by_name = {}
@@ -229,12 +249,17 @@ def main(args):
     train, held = holdout([{**r, "teacher": a} for r, a in zip(rows, answers, strict=True)], args.seed, args.val_frac)
     if not train:
         raise UserError(f"{args.src}: all {len(rows)} rows are held out; expected more groups or a smaller --val_frac")
+    copies = [exchanged(row, train, rng) for _ in range(args.copies) for row in train]
+    for row in copies:  # a teacher answered the documents as they were
+        row["teacher"] = None if args.teacher else row["gold"]
     sft, kd, dpo, made = [], [], [], Counter()
-    for row in train:
+    for row in train + copies:
         prompt, group = idp_prompt(schema, row["document"]), group_hash(row["group"])
-        gold, teacher = (compact(in_schema_order(row[k], schema)) for k in ("gold", "teacher"))
+        gold = compact(in_schema_order(row["gold"], schema))
         sft.append({"input": prompt, "output": gold, "group": group})
-        kd.append({"input": prompt, "teacher_output": teacher, "group": group})
+        if row["teacher"] is not None:
+            taught = compact(in_schema_order(row["teacher"], schema))
+            kd.append({"input": prompt, "teacher_output": taught, "group": group})
         wrong = rejected_answer(row, judge, rng)
         made[wrong[0] if wrong else "none possible: no DPO row"] += 1
         if wrong:
@@ -243,7 +268,8 @@ def main(args):
     for name, out in (("sft", sft), ("kd", kd), ("dpo", dpo)):
         write_jsonl(args.outdir / f"idp_{name}.jsonl", out)
         print(f"{args.outdir}/idp_{name}.jsonl: {len(out)} rows")
-    print(f"{len(train)} training rows, {len(held)} held out, {len({r['group'] for r in held})} groups of these")
+    print(f"{len(train)} training documents and {len(copies)} copies with exchanged values")
+    print(f"{len(held)} documents held out, {len({r['group'] for r in held})} groups of these")
     print("rejected answers:", ", ".join(f"{k} {n}" for k, n in made.most_common()))
     if not args.teacher:
         print("KD rows teach the gold itself; --teacher takes a larger model's answers from infer_idp.py")
@@ -256,6 +282,9 @@ if __name__ == "__main__":
     p.add_argument("--outdir", required=True, type=Path, help="folder of idp_sft.jsonl, idp_kd.jsonl, idp_dpo.jsonl")
     p.add_argument("--synthesize", type=int, default=0, metavar="N", help="first write N generated rows to --src")
     p.add_argument("--teacher", type=Path, help="infer_idp.py's results on --src, for the KD rows (default: the gold)")
+    p.add_argument(
+        "--copies", type=int, default=0, help="of each training document, with values of other documents (default 0)"
+    )
     p.add_argument("--group_field", default="company", help="the gold's field that names the group (default company)")
     p.add_argument("--val_frac", type=float, default=0.33, help="share of the groups held out (default 0.33)")
     p.add_argument("--seed", type=int, default=SEED, help=f"of split, generation and mistakes (default {SEED})")

@@ -11,11 +11,13 @@ from common import cli
 from distill.checkpoints import start_run
 from distill.training import (
     add_arguments,
+    add_noise_argument,
     dataset,
     describe,
     encode,
     load_student,
     lora,
+    noisy_passes,
     read_training_rows,
     run_training,
     split_for,
@@ -27,6 +29,8 @@ from distill.training import (
 def main(args):
     rows, task = read_training_rows(args, {"input": str, "output": str}, answer="output")
     train, dev = split_for(args, rows)
+    prompts = [r["input"] for r in train]
+    train, passes = noisy_passes(args, train, "input", "output", task)
     record = start_run(args, "sft")
     model, tokenizer = load_student(args, train)
     train, dropped = encode(tokenizer, train, args.max_len, "input", "output")
@@ -35,16 +39,19 @@ def main(args):
 
     from trl import SFTConfig, SFTTrainer
 
+    options = training_arguments(args, model, train, dev, task, passes)
     trainer = trainer_class(SFTTrainer, task, dev)(
         model=lora(model, args),
-        args=SFTConfig(**training_arguments(args, model, train, dev, task), max_length=None, shuffle_dataset=False),
+        args=SFTConfig(**options, max_length=None, shuffle_dataset=False),
         train_dataset=dataset(train, "input_ids", "labels"),
         eval_dataset=dataset(dev, "input_ids", "labels"),
         processing_class=tokenizer,
     )
-    run_training(trainer, args, task, dev, {**record, **told}, [r["input"] for r in train])
+    run_training(trainer, args, task, dev, {**record, **told}, prompts)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli(main, add_arguments(parser, "data/creditmix_sft.jsonl", "runs/creditmix_sft", 2e-4).parse_args())
+    add_arguments(parser, "data/creditmix_sft.jsonl", "runs/creditmix_sft", 2e-4)
+    add_noise_argument(parser)
+    cli(main, parser.parse_args())

@@ -21,13 +21,18 @@ def features_text(d, fields):
     return [", ".join(f"{n}: {shown(n, v)}" for n, v in zip(fields, row, strict=True)) for row in d[fields].values]
 
 
+def split_fields(text):
+    """[(name, value), ...] of a text 'Key: value, Key: value', all as written; empty for another text."""
+    return re.findall(r"(?:^|, )([^:,]+): (.*?)(?=, [^:,]+: |$)", text)
+
+
 def parse_fields(text):
     """{"Age": 23.0, "Occupation": "Scientist", ...} of a features text: numbers as floats, N/A as NaN.
 
     Errors: UserError when the text has no 'Key: value' fields.
     """
     fields = {}
-    for key, value in re.findall(r"(?:^|, )([^:,]+): (.*?)(?=, [^:,]+: |$)", text):
+    for key, value in split_fields(text):
         try:
             fields[key] = float("nan") if value == "N/A" else float(value)
         except ValueError:

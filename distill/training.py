@@ -1,5 +1,6 @@
 """What the three trainers share: rows, the student with its adapter, the run, and the folder that it leaves."""
 
+import math
 import os
 import platform
 import shutil
@@ -33,6 +34,7 @@ from common import (
     write_json,
 )
 from distill.hardware import cap_memory, choose_precision
+from distill.noise import swap_noise
 from distill.report import draw_curve, run_record, step_line, write_card
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -70,6 +72,14 @@ def split_for(args, rows):
     if args.max_steps > 0:
         train = sorted(train, key=lambda r: unit_hash(args.seed, prompt_of(r)))[: args.max_steps * args.batch_size]
     return train, sorted(dev, key=lambda r: unit_hash(args.seed, prompt_of(r)))[:most]
+
+
+def noisy_passes(args, rows, key, answer, task):
+    """(rows of every pass that the run makes over `rows`, each with noise of its own, and the number of passes)."""
+    if not args.swap_noise:
+        return rows, 1
+    passes = math.ceil(args.max_steps * args.batch_size / len(rows) if args.max_steps > 0 else args.epochs)
+    return swap_noise(rows, key, answer, task, args.swap_noise, passes, args.seed), passes
 
 
 def encode(tokenizer, rows, max_len, prompt, answer):
@@ -287,8 +297,11 @@ def micro_batch(args):
     return micro, own // micro
 
 
-def training_arguments(args, model, rows, dev, task):
-    """What TRL's three configs have in common. The effective batch is what was asked, whatever fits at once."""
+def training_arguments(args, model, rows, dev, task, passes=1):
+    """What TRL's three configs have in common. The effective batch is what was asked, whatever fits at once.
+
+    passes: how many of args.epochs the rows already hold (noisy_passes).
+    """
     import torch
 
     cuda, large = torch.cuda.is_available(), model.precision == "nf4"
@@ -298,14 +311,14 @@ def training_arguments(args, model, rows, dev, task):
         from distill.memory import expected_to_fit
 
         micro, accumulate = expected_to_fit(args, model, rows, micro * accumulate)
-    epoch = len(rows) / args.batch_size
-    steps = args.max_steps if args.max_steps > 0 else max(1, int(args.epochs * epoch))
+    epochs = args.epochs / passes
+    steps = args.max_steps if args.max_steps > 0 else max(1, int(epochs * len(rows) / args.batch_size))
     every = args.eval_steps or max(2, steps // 8)  # the first step has learning rate 0
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(args.save_dir) / "tensorboard")
     print(f"{steps} steps of {micro} x {accumulate} accumulated x {world} processes; evaluation every {every}")
     return {
         "output_dir": str(args.save_dir),
-        "num_train_epochs": args.epochs,
+        "num_train_epochs": epochs,
         "max_steps": args.max_steps,
         "per_device_train_batch_size": micro,
         "per_device_eval_batch_size": micro,
@@ -454,6 +467,16 @@ def finish(trainer, args, task, weights, scores, record, prompts):
         print(
             f"development accuracy {record['dev']['accuracy']:.3f}; next: python eval_creditmix.py --model_dir {folder}"
         )
+
+
+def add_noise_argument(p):
+    p.add_argument(
+        "--swap_noise",
+        type=between(float, 0, 1),
+        default=0.0,
+        metavar="SHARE",
+        help="of the fields in each pass over a label task's rows that come from another row of the label (default: 0)",
+    )
 
 
 def add_arguments(p, data, save_dir, lr):

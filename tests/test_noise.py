@@ -1,0 +1,89 @@
+"""Swap noise on label rows, exchanged values in documents, and the trainers that take the first."""
+
+import json
+import random
+from collections import Counter
+
+import pytest
+
+from common import UserError
+from distill.noise import swap_noise
+from idp_prepare import exchanged
+
+
+def rows_of(task, n=40):
+    """n rows; row i alone shows the numbers i and 1000 + i, and has the label i % 3."""
+    texts = [f"Age: {i}.0, Occupation: Job_{i}, Outstanding Debt: {1000 + i}.50" for i in range(n)]
+    return [
+        {"input": task.prompt(t), "output": task.labels[i % len(task.labels)], "group": i} for i, t in enumerate(texts)
+    ]
+
+
+def test_values_come_from_rows_of_the_same_label_and_field(task):
+    rows, owner = rows_of(task), {}
+    for i, row in enumerate(rows):
+        owner |= dict.fromkeys([f"Age: {i}.0", f"Occupation: Job_{i}", f"Outstanding Debt: {1000 + i}.50"], row)
+    noisy = swap_noise(rows, "input", "output", task, 0.5, 5, seed=1)
+    assert len(noisy) == 200 and Counter(r["group"] for r in noisy) == Counter({i: 5 for i in range(40)})
+    kept = 0
+    for row in noisy:
+        head, tail = task.template.split("{input}")
+        shown = row["input"].removeprefix(head).removesuffix(tail).split(", ")
+        assert [s.split(":")[0] for s in shown] == ["Age", "Occupation", "Outstanding Debt"]
+        assert all(owner[s]["output"] == row["output"] for s in shown)
+        kept += sum(owner[s]["group"] == row["group"] for s in shown)
+    # of 600 fields a half stays, and 1/13 of the other half draws itself: 323 expected, 12.2 its standard deviation
+    assert abs(kept - 323) < 50
+
+
+def test_share_0_changes_nothing_and_the_seed_decides(task):
+    rows = rows_of(task)
+    assert swap_noise(rows, "input", "output", task, 0.0, 1, seed=1) == rows
+    first, again, other = (swap_noise(rows, "input", "output", task, 0.7, 1, seed) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_texts_without_fields_are_refused(task):
+    rows = [{"input": task.prompt("free text"), "output": "Good"}]
+    with pytest.raises(UserError, match="expected texts like 'Key: value, Key: value', got 'free text'"):
+        swap_noise(rows, "input", "output", task, 0.5, 1, 0)
+    with pytest.raises(UserError, match="expected a label task"):
+        swap_noise(rows, "input", "output", None, 0.5, 1, 0)
+
+
+@pytest.mark.parametrize("route", ["sft", "dpo"])
+def test_a_trainer_draws_each_pass_anew_and_records_the_rows_as_they_were(run, tiny, task, jsonl, tmp_path, route):
+    rows = rows_of(task)
+    if route == "dpo":
+        other = {label: task.labels[i - 1] for i, label in enumerate(task.labels)}
+        rows = [{"prompt": r["input"], "chosen": r["output"], "rejected": other[r["output"]]} for r in rows]
+    data = jsonl(f"creditmix_{route}.jsonl", rows)
+    task.save(tmp_path / "creditmix_task.json")
+    flags = ["--student", tiny, "--data", data, "--save_dir", tmp_path / "a", "--epochs", 2, "--batch_size", 8]
+    done = run(f"{route}_train.py", *flags, "--swap_noise", 0.5, "--dev_rows", 4, "--lr", 0.01)
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads((tmp_path / "a" / "run.json").read_text())
+    trained = len((tmp_path / "a" / "train_rows.txt").read_text().split())
+    assert record["args"]["swap_noise"] == 0.5 and 30 <= trained <= 39
+    assert record["steps"] == -(-2 * trained // 8)  # two passes as asked, not two times two
+    assert "--swap_noise" in (tmp_path / "a" / "README.md").read_text()
+
+    refused = run(f"{route}_train.py", *flags[:4], "--save_dir", tmp_path / "b", "--swap_noise", 1.5)
+    assert refused.returncode == 2 and "expected" in refused.stderr
+
+
+def test_a_document_and_its_gold_change_together():
+    rows = [
+        {"document": f"SHOP {i} LTD\nDate 1{i}/03/18\nTotal {i}0.50 cash {i}0.50", "group": str(i)} for i in range(1, 6)
+    ]
+    for i, row in enumerate(rows, 1):
+        row["gold"] = {"company": f"SHOP {i} LTD", "date": f"1{i}/03/18", "total": f"{i}0.50", "address": "not there"}
+    copies = [exchanged(row, rows, random.Random(seed)) for seed in range(20) for row in rows]
+    for row, original in zip(copies, rows * 20, strict=True):
+        shown = {k: v for k, v in row["gold"].items() if k != "address"}
+        assert all(v in row["document"] for v in shown.values()) and row["gold"]["address"] == "not there"
+        assert row["document"].count(row["gold"]["total"]) == 2  # where a value stands twice, both change
+        assert row["group"] == original["group"]
+    assert len({json.dumps(r["gold"]) for r in copies}) > 30
+    assert {r["gold"]["date"] for r in copies} == {r["gold"]["date"] for r in rows}
+    assert exchanged({"document": "[1]", "gold": [1]}, rows, random.Random(0)) == {"document": "[1]", "gold": [1]}
