@@ -4,16 +4,20 @@
 # A small student leaves a large GPU idle, so the routes train side by side; on an 8 GB card run them one by one.
 set -euo pipefail
 src=$1 out=$2; shift 2
-export OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1
-rate="--lr 1e-3 --batch_size 32 --max_steps 640 --eval_steps 128"
+export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+noise="--swap_noise ${NOISE:-0.7}"
+train() {  # ROUTE SEED FLAG...
+  local route=$1 seed=$2; shift 2
+  python "${route}_train.py" --student smollm2-135m --data "$out/data-$seed/creditmix_$route.jsonl" --seed "$seed" \
+    --save_dir "$out/$route-$seed" "$@" > "$out/$route-$seed.log" 2>&1
+}
 for seed in "${@:-42}"; do
-  data=$out/data-$seed; mkdir -p "$data"
-  python creditmix_prepare.py --src "$src" --outdir "$data" --seed "$seed" > "$data/prepare.log"
-  for route in sft kd dpo; do
-    extra=""; [ $route != dpo ] || extra="--beta 0.3 --sft_weight 1"
-    python ${route}_train.py --student smollm2-135m --data "$data/creditmix_$route.jsonl" --seed "$seed" \
-      --save_dir "$out/$route-$seed" $rate $extra > "$out/$route-$seed.log" 2>&1 &
-  done
+  mkdir -p "$out/data-$seed"
+  python creditmix_prepare.py --src "$src" --outdir "$out/data-$seed" --seed "$seed" > "$out/data-$seed/prepare.log"
+  { train sft "$seed" --lr 1e-3 --batch_size 64 --max_steps 512 --eval_steps 128 $noise &&
+    train dpo "$seed" --lr 2e-4 --batch_size 32 --max_steps 128 --eval_steps 32 $noise --init_adapter "$out/sft-$seed"
+  } &
+  train kd "$seed" --lr 1e-3 --batch_size 32 --max_steps 640 --eval_steps 160 &
 done
 wait
 for seed in "${@:-42}"; do

@@ -6,10 +6,10 @@ sroie=$1 mbpp=$2 out=$3
 export HF_HUB_OFFLINE=1
 student="--student smollm2-135m --eval_steps 1000"
 
-python idp_prepare.py --src "$sroie" --schema data/sroie_schema.json --outdir "$out" --val_frac 0.5
+python idp_prepare.py --src "$sroie" --schema data/sroie_schema.json --outdir "$out" --val_frac 0.5 --copies 6
 long="--max_len 1400 --batch_size 8"
-python sft_train.py $student --data "$out/idp_sft.jsonl" --save_dir "$out/idp_sft" $long --lr 1e-3 --max_steps 100
-python kd_train.py $student --data "$out/idp_kd.jsonl" --save_dir "$out/idp_kd" $long --lr 5e-4 --max_steps 100
+python sft_train.py $student --data "$out/idp_sft.jsonl" --save_dir "$out/idp_sft" $long --lr 1e-3 --max_steps 240
+python kd_train.py $student --data "$out/idp_kd.jsonl" --save_dir "$out/idp_kd" $long --lr 5e-4 --max_steps 240
 python dpo_train.py $student --data "$out/idp_dpo.jsonl" --save_dir "$out/idp_dpo" $long --lr 2e-4 --max_steps 30 \
   --init_adapter "$out/idp_sft" --sft_weight 0.5
 python eval_idp.py --model_dir smollm2-135m "$out"/idp_{sft,kd,dpo} --data "$sroie" --schema data/sroie_schema.json \

@@ -15,7 +15,7 @@ def rows_of(task, n=40):
     """n rows; row i alone shows the numbers i and 1000 + i, and has the label i % 3."""
     texts = [f"Age: {i}.0, Occupation: Job_{i}, Outstanding Debt: {1000 + i}.50" for i in range(n)]
     return [
-        {"input": task.prompt(t), "output": task.labels[i % len(task.labels)], "group": i} for i, t in enumerate(texts)
+        {"input": task.prompt(t), "output": task.labels[i % len(task.labels)], "group": str(i)} for i, t in enumerate(texts)
     ]
 
 
@@ -24,7 +24,7 @@ def test_values_come_from_rows_of_the_same_label_and_field(task):
     for i, row in enumerate(rows):
         owner |= dict.fromkeys([f"Age: {i}.0", f"Occupation: Job_{i}", f"Outstanding Debt: {1000 + i}.50"], row)
     noisy = swap_noise(rows, "input", "output", task, 0.5, 5, seed=1)
-    assert len(noisy) == 200 and Counter(r["group"] for r in noisy) == Counter({i: 5 for i in range(40)})
+    assert len(noisy) == 200 and Counter(r["group"] for r in noisy) == Counter({str(i): 5 for i in range(40)})
     kept = 0
     for row in noisy:
         head, tail = task.template.split("{input}")
@@ -69,7 +69,7 @@ def test_a_trainer_draws_each_pass_anew_and_records_the_rows_as_they_were(run, t
     assert "--swap_noise" in (tmp_path / "a" / "README.md").read_text()
 
     refused = run(f"{route}_train.py", *flags[:4], "--save_dir", tmp_path / "b", "--swap_noise", 1.5)
-    assert refused.returncode == 2 and "expected" in refused.stderr
+    assert refused.returncode == 2 and "from 0 to 1" in refused.stderr
 
 
 def test_a_document_and_its_gold_change_together():
