@@ -13,16 +13,15 @@ from pathlib import Path
 
 from common import UserError, adapter_base, between, cli, completion_ids, label_classes, positive, prompt_ids
 from distill.checkpoints import start_run
+from distill.noise import add_noise_argument, noisy_copies, prompts_of
 from distill.training import (
     add_arguments,
-    add_noise_argument,
     dataset,
     describe,
     drop_long,
     load_student,
     lora,
     lora_config,
-    noisy_passes,
     read_training_rows,
     run_training,
     split_for,
@@ -41,8 +40,7 @@ def main(args):
     if args.init_adapter and adapter_base(args.init_adapter) != args.student:
         raise UserError(f"{args.init_adapter}: trained on {adapter_base(args.init_adapter)}; expected {args.student}")
     train, dev = split_for(args, rows)
-    prompts = [r["prompt"] for r in train]
-    train, passes = noisy_passes(args, train, "prompt", "chosen", task)
+    train, passes = noisy_copies(args, train, "prompt", "chosen", task)
     record = start_run(args, "dpo")
     model, tokenizer = load_student(args, train)
     train, dropped = pairs(tokenizer, train, args.max_len)
@@ -78,7 +76,7 @@ def main(args):
         processing_class=tokenizer,
     )
     trainer.add_callback(chosen_watch())
-    run_training(trainer, args, task, dev, {**record, **told, "reference": reference}, prompts)
+    run_training(trainer, args, task, dev, {**record, **told, "reference": reference}, prompts_of(train, "prompt"))
 
 
 def pairs(tokenizer, rows, max_len):

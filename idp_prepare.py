@@ -2,7 +2,8 @@
 
     python idp_prepare.py --src data/idp_corpus.jsonl --schema data/idp_schema.json --outdir data
 
-The corpus that comes with the repository is generated, the same for the same seed (a second on a CPU):
+From few documents --copies 6 makes more: the same ones with values of others. The corpus that comes with the
+repository is generated, the same for the same seed (a second on a CPU):
 
     python idp_prepare.py --synthesize 600 --src data/idp_corpus.jsonl --schema data/idp_schema.json --outdir data
 
@@ -18,7 +19,19 @@ from collections import Counter
 from datetime import date, timedelta
 from pathlib import Path
 
-from common import SEED, UserError, cli, group_hash, holdout, read_json, read_rows, row_hash, write_jsonl
+from common import (
+    SEED,
+    UserError,
+    between,
+    cli,
+    dev_split,
+    group_hash,
+    holdout,
+    read_json,
+    read_rows,
+    row_hash,
+    write_jsonl,
+)
 from distill.idp_decode import check_schema, validator
 from infer_idp import compact, idp_prompt, in_schema_order
 
@@ -201,24 +214,44 @@ def mistakes(gold, document):
     return out
 
 
-def exchanged(row, rows, rng):
+def exchanged(row, pool, rng):
     """The row with about half of the values that its document shows letter for letter taken from other documents.
 
     From few documents a model learns where each template puts a value; with values that come and go it has to learn
-    what a value looks like. A document's other places that show the same value change with it.
+    what a value looks like. A document's other places that show the same value change with it; an exchange that would
+    take away another field's value is not made.
+    pool: {field: values to draw from}, as shown_values gives it.
     """
-    document, gold = row["document"], row["gold"]
-    for key in gold if isinstance(gold, dict) else ():
+    for key in pool:
         if shows(row, key) and rng.random() < 0.5:
-            value = rng.choice([other["gold"][key] for other in rows if shows(other, key)])
-            document, gold = document.replace(gold[key], value), {**gold, key: value}
-    return {**row, "document": document, "gold": gold}
+            value, gold = rng.choice(pool[key]), row["gold"]
+            document = standing_alone(gold[key]).sub(lambda _, value=value: value, row["document"])
+            other = {**row, "document": document, "gold": {**gold, key: value}}
+            row = other if all(shows(other, k) for k in gold if shows(row, k)) else row
+    return row
+
+
+def shown_values(rows):
+    """{field: the values of the rows whose documents show them}."""
+    pool = {}
+    for row in rows:
+        for key in row["gold"] if isinstance(row["gold"], dict) else ():
+            if shows(row, key):
+                pool.setdefault(key, []).append(row["gold"][key])
+    return pool
 
 
 def shows(row, key):
     """Whether the document shows this value of the gold as it stands; a few letters could be there by chance."""
     value = row["gold"].get(key) if isinstance(row["gold"], dict) else None
-    return isinstance(value, str) and len(value) > 3 and value in row["document"]
+    return isinstance(value, str) and len(value) > 3 and bool(standing_alone(value).search(row["document"]))
+
+
+def standing_alone(value):
+    """A pattern of the value where it is no part of a longer word, number or date (RM12.50 shows 12.50)."""
+    before = r"(?<![\d.,/-])" if value[0].isdigit() else r"(?<!\w)"
+    behind = r"(?!\d|[.,/-]\d)" if value[-1].isdigit() else r"(?!\w)"
+    return re.compile(before + re.escape(value) + behind)
 
 
 def rejected_answer(row, judge, rng):
@@ -249,17 +282,20 @@ def main(args):
     train, held = holdout([{**r, "teacher": a} for r, a in zip(rows, answers, strict=True)], args.seed, args.val_frac)
     if not train:
         raise UserError(f"{args.src}: all {len(rows)} rows are held out; expected more groups or a smaller --val_frac")
-    copies = [exchanged(row, train, rng) for _ in range(args.copies) for row in train]
-    for row in copies:  # a teacher answered the documents as they were
-        row["teacher"] = None if args.teacher else row["gold"]
+    train = [{**row, "group": group_hash(row["group"])} for row in train]
+    own, _ = dev_split(train, args.seed)  # the trainers' development rows stay as they are and lend no value
+    pool = shown_values(own)
+    copies = [exchanged(row, pool, rng) for _ in range(args.copies) for row in own]
+    # a teacher answered the documents as they were
+    copies = [{**row, "teacher": None if args.teacher else row["gold"]} for row in copies]
     sft, kd, dpo, made = [], [], [], Counter()
     for row in train + copies:
-        prompt, group = idp_prompt(schema, row["document"]), group_hash(row["group"])
+        prompt, group = idp_prompt(schema, row["document"]), row["group"]
         gold = compact(in_schema_order(row["gold"], schema))
         sft.append({"input": prompt, "output": gold, "group": group})
         if row["teacher"] is not None:
-            taught = compact(in_schema_order(row["teacher"], schema))
-            kd.append({"input": prompt, "teacher_output": taught, "group": group})
+            teacher = compact(in_schema_order(row["teacher"], schema))
+            kd.append({"input": prompt, "teacher_output": teacher, "group": group})
         wrong = rejected_answer(row, judge, rng)
         made[wrong[0] if wrong else "none possible: no DPO row"] += 1
         if wrong:
@@ -283,7 +319,10 @@ if __name__ == "__main__":
     p.add_argument("--synthesize", type=int, default=0, metavar="N", help="first write N generated rows to --src")
     p.add_argument("--teacher", type=Path, help="infer_idp.py's results on --src, for the KD rows (default: the gold)")
     p.add_argument(
-        "--copies", type=int, default=0, help="of each training document, with values of other documents (default 0)"
+        "--copies",
+        type=between(int, 0, 1000),
+        default=0,
+        help="of each training document, with values of other documents in it and its gold (default 0)",
     )
     p.add_argument("--group_field", default="company", help="the gold's field that names the group (default company)")
     p.add_argument("--val_frac", type=float, default=0.33, help="share of the groups held out (default 0.33)")

@@ -61,6 +61,8 @@ def main(args):
     if loss != "sequence":
         print(f"loss: {loss}, temperature {args.temperature}, share of the given label or token {args.alpha}")
         options |= {"remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    elif args.alpha or args.temperature != 1:
+        print("loss: the teacher's text; --alpha and --temperature are for its probabilities and change nothing")
     trainer = kind(
         model=lora(model, args),
         args=SFTConfig(**options, max_length=None, shuffle_dataset=False),

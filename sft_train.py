@@ -9,15 +9,14 @@ import argparse
 
 from common import cli
 from distill.checkpoints import start_run
+from distill.noise import add_noise_argument, noisy_copies, prompts_of
 from distill.training import (
     add_arguments,
-    add_noise_argument,
     dataset,
     describe,
     encode,
     load_student,
     lora,
-    noisy_passes,
     read_training_rows,
     run_training,
     split_for,
@@ -29,8 +28,7 @@ from distill.training import (
 def main(args):
     rows, task = read_training_rows(args, {"input": str, "output": str}, answer="output")
     train, dev = split_for(args, rows)
-    prompts = [r["input"] for r in train]
-    train, passes = noisy_passes(args, train, "input", "output", task)
+    train, passes = noisy_copies(args, train, "input", "output", task)
     record = start_run(args, "sft")
     model, tokenizer = load_student(args, train)
     train, dropped = encode(tokenizer, train, args.max_len, "input", "output")
@@ -47,7 +45,7 @@ def main(args):
         eval_dataset=dataset(dev, "input_ids", "labels"),
         processing_class=tokenizer,
     )
-    run_training(trainer, args, task, dev, {**record, **told}, prompts)
+    run_training(trainer, args, task, dev, {**record, **told}, prompts_of(train, "input"))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ def may_start(args, route):
     """
     now = {"route": route, "student": args.student, "data_sha256": file_sha256(args.data)}
     now |= {k: str(v) for k, v in vars(args).items() if k not in FREE}
+    if getattr(args, "init_adapter", None):
+        now["init_adapter_sha256"] = file_sha256(args.init_adapter / "adapter_model.safetensors")
     checkpoints = checkpoints_in(args.save_dir)
     if not args.resume_from_checkpoint:
         if any((p / "trainer_state.json").is_file() for p in checkpoints):
@@ -55,7 +57,7 @@ def start_run(args, route, same=None):
             if not (part / "trainer_state.json").is_file():  # of a run that was killed while it wrote its first
                 shutil.rmtree(part)
         write_json(Path(args.save_dir) / "run.json", {"status": "started", "same": same, **run_record(args)})
-    return {"route": route, "data_sha256": same["data_sha256"]}
+    return {"route": route, "data_sha256": same["data_sha256"], "same": same}
 
 
 def checkpoints_in(folder):
@@ -68,7 +70,10 @@ def damaged_file(checkpoint):
     """The first file of a checkpoint folder that is not there or was not written to its end, or None."""
     from safetensors import SafetensorError, safe_open
 
-    for name in ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"):
+    optimizer = next(
+        (n for n in ("optimizer.pt", "optimizer.bin") if (checkpoint / n).is_file()), "optimizer.pt"
+    )  # FSDP
+    for name in ("adapter_model.safetensors", optimizer, "scheduler.pt", "trainer_state.json"):
         path = checkpoint / name
         try:
             if path.suffix == ".json":

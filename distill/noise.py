@@ -1,15 +1,16 @@
-"""Swap noise: training rows whose fields are now and then those of another row with the same answer.
+"""Swap noise: copies of training rows in which some fields are those of another row with the same label.
 
-Rows of one customer are near copies, so a model that remembers rows names the labels of customers it has seen and
-little else: trained without noise the embedded student names 82 % of its training labels and 63 % of other customers'.
-With values exchanged among the rows of a label (random feature corruption, SCARF, arXiv 2106.15147, here within a
-label) no customer comes back, while every field keeps its distribution given the label. What is lost is how fields go
-together, and scores become too sure; the calibration, fitted on rows without noise, takes the second back.
+Rows of one customer are near copies of each other. Trained without noise, the embedded student names 82 % of its
+training labels and 63 % of other customers': it has learnt customers by heart. In a noisy copy hardly a row comes back
+whole, while every field keeps its distribution given the label. (SCARF, arXiv 2106.15147, corrupts features in this
+way, drawing from all rows.) What is lost is how fields go together given the label, and the scores become too sure;
+the calibration, fitted on rows without noise, takes the second back.
 """
 
+import math
 import random
 
-from common import UserError
+from common import UserError, between
 from distill.fields import split_fields
 
 
@@ -17,7 +18,7 @@ def swap_noise(rows, key, answer, task, share, passes, seed):
     """`passes` copies of the rows, a field's value in them with probability `share` that of a row of the same label.
 
     rows: dicts whose [key] is a prompt of `task` around 'Key: value, Key: value' and whose [answer] is its label.
-    -> rows with another [key] each, the rest as it was; the same for the same seed.
+    -> rows with another [key] each, the one before as "as_it_was", the rest unchanged; the same for the same seed.
     Errors: UserError without a label task, or naming the first text that has no fields.
     """
     if not task:
@@ -37,5 +38,31 @@ def swap_noise(rows, key, answer, task, share, passes, seed):
             drawn = [
                 (name, rng.choice(values[row[answer], name]) if rng.random() < share else value) for name, value in own
             ]
-            noisy.append({**row, key: task.prompt(", ".join(f"{name}: {value}" for name, value in drawn))})
+            prompt = task.prompt(", ".join(f"{name}: {value}" for name, value in drawn))
+            noisy.append({**row, key: prompt, "as_it_was": row[key]})
     return noisy
+
+
+def noisy_copies(args, rows, key, answer, task):
+    """(rows, passes): with --swap_noise as many noisy copies of each row as the run makes passes, else the rows."""
+    if not args.swap_noise:
+        return rows, 1
+    passes = math.ceil(args.max_steps * args.batch_size / len(rows) if args.max_steps else args.epochs)
+    return swap_noise(rows, key, answer, task, args.swap_noise, passes, args.seed), passes
+
+
+def prompts_of(rows, key):
+    """The prompts of trained rows as they were before noise, each once: what an evaluation must not meet."""
+    if not rows or "as_it_was" not in rows[0]:
+        return [r[key] for r in rows]
+    return list(dict.fromkeys(r["as_it_was"] for r in rows))
+
+
+def add_noise_argument(p):
+    p.add_argument(
+        "--swap_noise",
+        type=between(float, 0, 1),
+        default=0.0,
+        metavar="SHARE",
+        help="of the fields of a label task's rows that each copy takes from other rows of the label (default: 0)",
+    )

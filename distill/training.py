@@ -1,6 +1,5 @@
 """What the three trainers share: rows, the student with its adapter, the run, and the folder that it leaves."""
 
-import math
 import os
 import platform
 import shutil
@@ -34,7 +33,6 @@ from common import (
     write_json,
 )
 from distill.hardware import cap_memory, choose_precision
-from distill.noise import swap_noise
 from distill.report import draw_curve, run_record, step_line, write_card
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -69,17 +67,9 @@ def split_for(args, rows):
     if not train:
         raise UserError(f"{args.data}: all {len(rows)} rows fell into the development split; expected more rows")
     most = args.dev_rows or (1000 if torch.cuda.is_available() else 100)
-    if args.max_steps > 0:
+    if args.max_steps:
         train = sorted(train, key=lambda r: unit_hash(args.seed, prompt_of(r)))[: args.max_steps * args.batch_size]
     return train, sorted(dev, key=lambda r: unit_hash(args.seed, prompt_of(r)))[:most]
-
-
-def noisy_passes(args, rows, key, answer, task):
-    """(rows of every pass that the run makes over `rows`, each with noise of its own, and the number of passes)."""
-    if not args.swap_noise:
-        return rows, 1
-    passes = math.ceil(args.max_steps * args.batch_size / len(rows) if args.max_steps > 0 else args.epochs)
-    return swap_noise(rows, key, answer, task, args.swap_noise, passes, args.seed), passes
 
 
 def encode(tokenizer, rows, max_len, prompt, answer):
@@ -300,7 +290,7 @@ def micro_batch(args):
 def training_arguments(args, model, rows, dev, task, passes=1):
     """What TRL's three configs have in common. The effective batch is what was asked, whatever fits at once.
 
-    passes: how many of args.epochs the rows already hold (noisy_passes).
+    passes: how many of args.epochs the rows already hold (noisy_copies).
     """
     import torch
 
@@ -312,14 +302,14 @@ def training_arguments(args, model, rows, dev, task, passes=1):
 
         micro, accumulate = expected_to_fit(args, model, rows, micro * accumulate)
     epochs = args.epochs / passes
-    steps = args.max_steps if args.max_steps > 0 else max(1, int(epochs * len(rows) / args.batch_size))
+    steps = args.max_steps or max(1, int(epochs * len(rows) / args.batch_size))
     every = args.eval_steps or max(2, steps // 8)  # the first step has learning rate 0
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(args.save_dir) / "tensorboard")
     print(f"{steps} steps of {micro} x {accumulate} accumulated x {world} processes; evaluation every {every}")
     return {
         "output_dir": str(args.save_dir),
         "num_train_epochs": epochs,
-        "max_steps": args.max_steps,
+        "max_steps": args.max_steps or -1,
         "per_device_train_batch_size": micro,
         "per_device_eval_batch_size": micro,
         "gradient_accumulation_steps": accumulate,
@@ -469,25 +459,13 @@ def finish(trainer, args, task, weights, scores, record, prompts):
         )
 
 
-def add_noise_argument(p):
-    p.add_argument(
-        "--swap_noise",
-        type=between(float, 0, 1),
-        default=0.0,
-        metavar="SHARE",
-        help="of the fields in each pass over a label task's rows that come from another row of the label (default: 0)",
-    )
-
-
 def add_arguments(p, data, save_dir, lr):
     p.add_argument("--student", default=DEFAULT_STUDENT, help="hub id, folder or smollm2-135m (default: %(default)s)")
     p.add_argument("--data", type=Path, default=Path(data), help="training rows (default: %(default)s)")
     p.add_argument("--save_dir", type=Path, default=Path(save_dir), help="adapter folder (default: %(default)s)")
     p.add_argument("--task", type=Path, help="label task; default: NAME_task.json beside NAME_sft.jsonl, if there")
     p.add_argument("--epochs", type=positive(float), default=3, help="passes over the rows (default: %(default)s)")
-    p.add_argument(
-        "--max_steps", type=positive(int), default=-1, help="stop after so many steps, whatever --epochs says"
-    )
+    p.add_argument("--max_steps", type=positive(int), help="stop after so many steps, whatever --epochs says")
     p.add_argument("--lr", type=positive(float), default=lr, help="peak learning rate (default: %(default)s)")
     p.add_argument("--batch_size", type=positive(int), default=16, help="of all GPUs together (default: 16)")
     p.add_argument("--micro_batch", type=positive(int), help="rows at once; default: the batch on a GPU, 8 on a CPU")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The README's table on a GPU: SFT, KD and DPO on the embedded student for each seed, evaluated with base and references.
+# The table of CreditMix on a GPU: SFT, KD and DPO on the embedded student for each seed, evaluated with base and references.
 # Usage: bash tests/gpu_creditmix.sh SRC OUT [SEED ...]     SRC: the Kaggle CSV, or data/creditmix_dataset.json
 # A small student leaves a large GPU idle, so the routes train side by side; on an 8 GB card run them one by one.
 set -euo pipefail
@@ -11,17 +11,19 @@ train() {  # ROUTE SEED FLAG...
   python "${route}_train.py" --student smollm2-135m --data "$out/data-$seed/creditmix_$route.jsonl" --seed "$seed" \
     --save_dir "$out/$route-$seed" "$@" > "$out/$route-$seed.log" 2>&1
 }
+pids=()
 for seed in "${@:-42}"; do
   mkdir -p "$out/data-$seed"
   python creditmix_prepare.py --src "$src" --outdir "$out/data-$seed" --seed "$seed" > "$out/data-$seed/prepare.log"
   { train sft "$seed" --lr 1e-3 --batch_size 64 --max_steps 512 --eval_steps 128 $noise &&
     train dpo "$seed" --lr 2e-4 --batch_size 32 --max_steps 128 --eval_steps 32 $noise --init_adapter "$out/sft-$seed"
-  } &
-  train kd "$seed" --lr 1e-3 --batch_size 32 --max_steps 640 --eval_steps 160 &
+  } & pids+=($!)
+  train kd "$seed" --lr 1e-3 --batch_size 32 --max_steps 640 --eval_steps 160 & pids+=($!)
 done
-wait
+for pid in "${pids[@]}"; do wait "$pid"; done  # a bare wait would pass over a run that failed
+pids=()
 for seed in "${@:-42}"; do
   python eval_creditmix.py --model_dir smollm2-135m "$out"/{sft,kd,dpo}-"$seed" --data "$src" --val_per_class 1500 \
-    --seed "$seed" --fit_calibration --out "$out/report-$seed" &
+    --seed "$seed" --fit_calibration --out "$out/report-$seed" & pids+=($!)
 done
-wait
+for pid in "${pids[@]}"; do wait "$pid"; done

@@ -1,12 +1,14 @@
 """idp_prepare.py and eval_idp.py: the corpus, the split, the rejected answers, and the metrics by hand."""
 
 import json
+import random
+import re
 
 import numpy as np
 import pytest
 from conftest import ROOT
 
-from common import UserError, read_json, row_hash
+from common import UserError, dev_split, read_json, row_hash
 from distill.idp_decode import validator
 from eval_idp import (
     canonical,
@@ -19,7 +21,7 @@ from eval_idp import (
     resampled,
     summarise,
 )
-from idp_prepare import mistakes, read_corpus, synthesize
+from idp_prepare import exchanged, mistakes, read_corpus, shown_values, synthesize
 from infer_idp import idp_prompt
 
 SCHEMA = ROOT / "data" / "idp_schema.json"
@@ -190,3 +192,62 @@ def test_evaluation_reports_every_system(run, tiny, jsonl, tmp_path):
     assert report["systems"]["regular expressions"]["fields"]["total"]["f1"] == 1.0
     lines = (tmp_path / "out" / f"{tiny.name}_constrained.jsonl").read_text().splitlines()
     assert len(lines) == 3 and (tmp_path / "out" / "f1_by_field.png").stat().st_size > 5000
+
+
+def test_a_document_and_its_gold_change_together():
+    rows = [
+        {"document": f"SHOP {i} LTD\nDate 1{i}/03/18\nTotal {i}0.50 cash RM{i}0.50", "group": str(i)}
+        for i in range(1, 6)
+    ]
+    for i, row in enumerate(rows, 1):
+        row["gold"] = {"company": f"SHOP {i} LTD", "date": f"1{i}/03/18", "total": f"{i}0.50", "address": "not there"}
+    pool = shown_values(rows)
+    assert set(pool) == {"company", "date", "total"}
+    copies = [exchanged(row, pool, random.Random(seed)) for seed in range(20) for row in rows]
+    for row, original in zip(copies, rows * 20, strict=True):
+        shown = {k: v for k, v in row["gold"].items() if k != "address"}
+        assert all(v in row["document"] for v in shown.values()) and row["gold"]["address"] == "not there"
+        assert row["document"].count(row["gold"]["total"]) == 2  # where a value stands twice, both change
+        assert row["group"] == original["group"]
+    assert len({json.dumps(r["gold"]) for r in copies}) > 30
+    assert {r["gold"]["date"] for r in copies} == {r["gold"]["date"] for r in rows}
+    assert exchanged({"document": "[1]", "gold": [1]}, pool, random.Random(0)) == {"document": "[1]", "gold": [1]}
+
+
+def test_an_exchange_leaves_other_numbers_dates_and_fields_alone():
+    document = "ABLE\nABLE STREET 8.10\nDATE 28.10.2018\n18.10 8.101\nTOTAL RM8.10"
+    gold = {"company": "ABLE", "address": "ABLE STREET 8.10", "date": "28.10.2018", "total": "8.10"}
+    row = {"document": document, "gold": gold}
+    pool = {"total": ["33.50"], "company": ["BAKER"]}
+    seen = {exchanged(row, pool, random.Random(seed))["document"] for seed in range(20)}
+    assert seen == {document}  # either value stands in the address too, which would be lost
+    row["gold"] = {**gold, "address": None}
+    seen = {exchanged(row, pool, random.Random(seed))["document"] for seed in range(40)}
+    assert "BAKER\nBAKER STREET 33.50\nDATE 28.10.2018\n18.10 8.101\nTOTAL RM33.50" in seen and len(seen) == 4
+
+
+def test_copies_hold_no_value_of_held_out_or_development_rows(run, tmp_path):
+    corpus = [
+        {
+            "document": f"COMPANY {i:02} LTD\nDATE 01-02-{10 + i}\nTOTAL {i}.{i:02}",
+            "gold": {
+                "company": f"COMPANY {i:02} LTD",
+                "date": f"01-02-{10 + i}",
+                "address": None,
+                "total": f"{i}.{i:02}",
+            },
+        }
+        for i in range(10, 50)
+    ]
+    source, schema = tmp_path / "corpus.jsonl", ROOT / "data" / "sroie_schema.json"
+    source.write_text("".join(json.dumps(r) + "\n" for r in corpus))
+    done = run("idp_prepare.py", "--src", source, "--schema", schema, "--outdir", tmp_path, "--copies", 3)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "idp_sft.jsonl").read_text().splitlines()]
+    n = int(re.search(r"(\d+) training documents", done.stdout)[1])
+    train, dev = dev_split(rows)
+    own = {r["output"] for r in rows[:n]}
+    assert len(dev) and len(rows) == n + 3 * (n - len(dev)) and all(r["output"] in own for r in dev)
+    lent = {json.loads(r["output"])["company"] for r in train}
+    assert not lent & {json.loads(r["output"])["company"] for r in dev}
+    assert lent <= {json.loads(r["output"])["company"] for r in rows[:n]} and len({r["output"] for r in train}) > n

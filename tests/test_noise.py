@@ -1,21 +1,21 @@
-"""Swap noise on label rows, exchanged values in documents, and the trainers that take the first."""
+"""Swap noise on label rows, and the trainers that take it."""
 
 import json
-import random
+from argparse import Namespace
 from collections import Counter
 
 import pytest
 
 from common import UserError
-from distill.noise import swap_noise
-from idp_prepare import exchanged
+from distill.noise import noisy_copies, prompts_of, swap_noise
 
 
 def rows_of(task, n=40):
     """n rows; row i alone shows the numbers i and 1000 + i, and has the label i % 3."""
     texts = [f"Age: {i}.0, Occupation: Job_{i}, Outstanding Debt: {1000 + i}.50" for i in range(n)]
     return [
-        {"input": task.prompt(t), "output": task.labels[i % len(task.labels)], "group": str(i)} for i, t in enumerate(texts)
+        {"input": task.prompt(t), "output": task.labels[i % len(task.labels)], "group": str(i)}
+        for i, t in enumerate(texts)
     ]
 
 
@@ -38,9 +38,21 @@ def test_values_come_from_rows_of_the_same_label_and_field(task):
 
 def test_share_0_changes_nothing_and_the_seed_decides(task):
     rows = rows_of(task)
-    assert swap_noise(rows, "input", "output", task, 0.0, 1, seed=1) == rows
+    still = swap_noise(rows, "input", "output", task, 0.0, 1, seed=1)
+    assert still == [{**row, "as_it_was": row["input"]} for row in rows]
     first, again, other = (swap_noise(rows, "input", "output", task, 0.7, 1, seed) for seed in (1, 1, 2))
     assert first == again != other
+
+
+@pytest.mark.parametrize(("max_steps", "epochs", "passes"), [(None, 3, 3), (None, 2.5, 3), (10, 3, 2), (11, 1, 3)])
+def test_as_many_copies_as_the_run_makes_passes(task, max_steps, epochs, passes):
+    rows = rows_of(task)
+    args = Namespace(swap_noise=0.9, max_steps=max_steps, epochs=epochs, batch_size=8, seed=1)
+    noisy, made = noisy_copies(args, rows, "input", "output", task)
+    assert made == passes and len(noisy) == 40 * passes
+    assert noisy[0]["input"] != noisy[40]["input"] and prompts_of(noisy, "input") == [r["input"] for r in rows]
+    args.swap_noise = 0.0
+    assert noisy_copies(args, rows, "input", "output", task) == (rows, 1)
 
 
 def test_texts_without_fields_are_refused(task):
@@ -66,24 +78,12 @@ def test_a_trainer_draws_each_pass_anew_and_records_the_rows_as_they_were(run, t
     trained = len((tmp_path / "a" / "train_rows.txt").read_text().split())
     assert record["args"]["swap_noise"] == 0.5 and 30 <= trained <= 39
     assert record["steps"] == -(-2 * trained // 8)  # two passes as asked, not two times two
-    assert "--swap_noise" in (tmp_path / "a" / "README.md").read_text()
+    card = (tmp_path / "a" / "README.md").read_text().splitlines()
+    again = next(line for line in card if f"{route}_train.py" in line).split()[2:]  # the command that the card tells
+    again[again.index("--save_dir") + 1] = str(tmp_path / "c")
+    assert "--swap_noise" in again and run(f"{route}_train.py", *again).returncode == 0
+    one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "ac")
+    assert one == two
 
     refused = run(f"{route}_train.py", *flags[:4], "--save_dir", tmp_path / "b", "--swap_noise", 1.5)
     assert refused.returncode == 2 and "from 0 to 1" in refused.stderr
-
-
-def test_a_document_and_its_gold_change_together():
-    rows = [
-        {"document": f"SHOP {i} LTD\nDate 1{i}/03/18\nTotal {i}0.50 cash {i}0.50", "group": str(i)} for i in range(1, 6)
-    ]
-    for i, row in enumerate(rows, 1):
-        row["gold"] = {"company": f"SHOP {i} LTD", "date": f"1{i}/03/18", "total": f"{i}0.50", "address": "not there"}
-    copies = [exchanged(row, rows, random.Random(seed)) for seed in range(20) for row in rows]
-    for row, original in zip(copies, rows * 20, strict=True):
-        shown = {k: v for k, v in row["gold"].items() if k != "address"}
-        assert all(v in row["document"] for v in shown.values()) and row["gold"]["address"] == "not there"
-        assert row["document"].count(row["gold"]["total"]) == 2  # where a value stands twice, both change
-        assert row["group"] == original["group"]
-    assert len({json.dumps(r["gold"]) for r in copies}) > 30
-    assert {r["gold"]["date"] for r in copies} == {r["gold"]["date"] for r in rows}
-    assert exchanged({"document": "[1]", "gold": [1]}, rows, random.Random(0)) == {"document": "[1]", "gold": [1]}

@@ -309,6 +309,20 @@ def test_another_learning_rate_is_another_run(data, tmp_path):
         start_run(run_arguments(data, tmp_path, lr=0.2, resume_from_checkpoint="last"), "sft")
 
 
+def test_another_adapter_under_the_same_name_is_another_run(data, tmp_path):
+    from common import UserError
+    from distill.checkpoints import start_run
+
+    sft = checkpoint(tmp_path / "sft", 1)
+    start_run(run_arguments(data, tmp_path, init_adapter=sft), "dpo")
+    checkpoint(tmp_path, 4)
+    again = {"init_adapter": sft, "resume_from_checkpoint": "last"}
+    start_run(run_arguments(data, tmp_path, **again), "dpo")
+    (sft / "adapter_model.safetensors").write_bytes(b"trained again")
+    with pytest.raises(UserError, match="field 'init_adapter_sha256' of its run.json is"):
+        start_run(run_arguments(data, tmp_path, **again), "dpo")
+
+
 def test_a_readme_that_is_no_runs_is_not_overwritten(data, tmp_path):
     from common import UserError
     from distill.checkpoints import start_run
