@@ -74,8 +74,9 @@ def expected_to_fit(args, model, rows, n):
 def fit_micro_batch(trainer):
     """Fewer rows at once until a step on the longest ones fits; the effective batch stays what was asked."""
     rows = trainer.train_dataset
-    key = next(c for c in ("input_ids", "prompt_ids") if c in rows.column_names)
-    longest = sorted(range(len(rows)), key=lambda i: -len(rows[i][key]))[: trainer.args.per_device_train_batch_size]
+    columns = [rows[c] for c in ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids") if c in rows.column_names]
+    lengths = [sum(map(len, row)) for row in zip(*columns, strict=True)]
+    longest = sorted(range(len(rows)), key=lambda i: -lengths[i])[: trainer.args.per_device_train_batch_size]
 
     def step(n):
         batch = trainer._prepare_inputs(trainer.data_collator([rows[i] for i in longest[:n]]))

@@ -319,7 +319,7 @@ def test_another_adapter_under_the_same_name_is_another_run(data, tmp_path):
     again = {"init_adapter": sft, "resume_from_checkpoint": "last"}
     start_run(run_arguments(data, tmp_path, **again), "dpo")
     (sft / "adapter_model.safetensors").write_bytes(b"trained again")
-    with pytest.raises(UserError, match="field 'init_adapter_sha256' of its run.json is"):
+    with pytest.raises(UserError, match=r"field 'init_adapter_sha256' of its run.json is"):
         start_run(run_arguments(data, tmp_path, **again), "dpo")
 
 
