@@ -34,6 +34,8 @@ from distill.hardware import choose_precision, device
 
 # transformers warns of what it does itself
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+# PEFT looks on the hub for a student that came as a package or a folder, and says that it is not there
+warnings.filterwarnings("ignore", message="Unable to fetch remote file|Could not find a config file in")
 VAL_FRAC = 0.35  # of the customers: leaves 1,500 held-out rows in the smallest class of the public data
 SEED = 42
 
