@@ -76,7 +76,7 @@ def main(args):
         processing_class=tokenizer,
     )
     trainer.add_callback(chosen_watch())
-    run_training(trainer, args, task, dev, {**record, **told, "reference": reference}, prompts_of(train, "prompt"))
+    run_training(trainer, args, task, dev, {**record, **told, "reference": reference}, prompts_of(train))
 
 
 def pairs(tokenizer, rows, max_len):

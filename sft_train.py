@@ -45,7 +45,7 @@ def main(args):
         eval_dataset=dataset(dev, "input_ids", "labels"),
         processing_class=tokenizer,
     )
-    run_training(trainer, args, task, dev, {**record, **told}, prompts_of(train, "input"))
+    run_training(trainer, args, task, dev, {**record, **told}, prompts_of(train))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ the calibration, fitted on rows without noise, takes the second back.
 import math
 import random
 
-from common import UserError, between
+from common import UserError, between, prompt_of
 from distill.fields import split_fields
 
 
@@ -23,12 +23,16 @@ def swap_noise(rows, key, answer, task, share, passes, seed):
     """
     if not task:
         raise UserError("--swap_noise: expected a label task; these rows have no task file")
+
+    def written(pairs):
+        return task.prompt(", ".join(f"{name}: {value}" for name, value in pairs))
+
     head, tail = task.template.split("{input}")
     rng, fields, values = random.Random(seed), [], {}
     for row in rows:
         text = row[key][len(head) : len(row[key]) - len(tail)]
         fields.append(split_fields(text))
-        if task.prompt(", ".join(f"{name}: {value}" for name, value in fields[-1])) != row[key]:
+        if written(fields[-1]) != row[key]:
             raise UserError(f"--swap_noise: expected texts like 'Key: value, Key: value', got {text[:60]!r}")
         for name, value in fields[-1]:
             values.setdefault((row[answer], name), []).append(value)
@@ -38,8 +42,7 @@ def swap_noise(rows, key, answer, task, share, passes, seed):
             drawn = [
                 (name, rng.choice(values[row[answer], name]) if rng.random() < share else value) for name, value in own
             ]
-            prompt = task.prompt(", ".join(f"{name}: {value}" for name, value in drawn))
-            noisy.append({**row, key: prompt, "as_it_was": row[key]})
+            noisy.append({**row, key: written(drawn), "as_it_was": row[key]})
     return noisy
 
 
@@ -51,10 +54,10 @@ def noisy_copies(args, rows, key, answer, task):
     return swap_noise(rows, key, answer, task, args.swap_noise, passes, args.seed), passes
 
 
-def prompts_of(rows, key):
+def prompts_of(rows):
     """The prompts of trained rows as they were before noise, each once: what an evaluation must not meet."""
     if not rows or "as_it_was" not in rows[0]:
-        return [r[key] for r in rows]
+        return [prompt_of(r) for r in rows]
     return list(dict.fromkeys(r["as_it_was"] for r in rows))
 
 

@@ -50,7 +50,7 @@ def test_as_many_copies_as_the_run_makes_passes(task, max_steps, epochs, passes)
     args = Namespace(swap_noise=0.9, max_steps=max_steps, epochs=epochs, batch_size=8, seed=1)
     noisy, made = noisy_copies(args, rows, "input", "output", task)
     assert made == passes and len(noisy) == 40 * passes
-    assert noisy[0]["input"] != noisy[40]["input"] and prompts_of(noisy, "input") == [r["input"] for r in rows]
+    assert noisy[0]["input"] != noisy[40]["input"] and prompts_of(noisy) == [r["input"] for r in rows]
     args.swap_noise = 0.0
     assert noisy_copies(args, rows, "input", "output", task) == (rows, 1)
 

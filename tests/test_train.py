@@ -105,19 +105,25 @@ def test_free_text_trains_without_a_task(run, tiny, jsonl, tmp_path):
     assert not (tmp_path / "a" / "task.json").exists() and not (tmp_path / "a" / "calibration.json").exists()
 
 
-def test_stopped_and_resumed_is_the_run_that_was_not_stopped(run, tiny, data, tmp_path):
-    whole = options(tiny, data, "sft", tmp_path / "whole", max_steps=40)
-    assert run("sft_train.py", *whole).returncode == 0
-    flags = options(tiny, data, "sft", tmp_path / "parts", max_steps=40)
+def told_to_stop(flags, steps, number):
+    """(exit code, output) of sft_train.py that gets a signal at one of the steps; the bar shows some of them only."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "sft_train.py", *flags]
     started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
     seen = b""
-    while not re.search(rb" ([89]|[123]\d)/40", seen) and started.poll() is None:
+    while not re.search(steps, seen) and started.poll() is None:
         seen += os.read(started.stdout.fileno(), 4096)
-    started.send_signal(signal.SIGINT)
+    started.send_signal(number)
     said = started.communicate(timeout=120)[0].decode()
-    assert started.returncode == 130 and "--resume_from_checkpoint last goes on" in said, said[-2000:]
+    return started.returncode, said
+
+
+def test_stopped_and_resumed_is_the_run_that_was_not_stopped(run, tiny, data, tmp_path):
+    whole = options(tiny, data, "sft", tmp_path / "whole", max_steps=40)
+    assert run("sft_train.py", *whole).returncode == 0
+    flags = options(tiny, data, "sft", tmp_path / "parts", max_steps=40)
+    code, said = told_to_stop(flags, rb" ([89]|[123]\d)/40", signal.SIGINT)
+    assert code == 130 and "--resume_from_checkpoint last goes on" in said, said[-2000:]
     refused = run("sft_train.py", *flags)
     assert refused.returncode == 2 and "an unfinished run; expected --resume_from_checkpoint last" in refused.stderr
     other = run("dpo_train.py", *options(tiny, data, "dpo", tmp_path / "parts"), "--resume_from_checkpoint", "last")
@@ -145,16 +151,8 @@ def test_sigterm_saves_too(tiny, data, tmp_path):
     from distill.checkpoints import damaged_file
 
     flags = options(tiny, data, "sft", tmp_path / "a", max_steps=400, eval_steps=300)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "sft_train.py", *flags]
-    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
-    seen = b""
-    # the bar shows some steps only
-    while not re.search(rb" ([3-9]|\d\d+)/400", seen) and started.poll() is None:
-        seen += os.read(started.stdout.fileno(), 4096)
-    started.send_signal(signal.SIGTERM)
-    said = started.communicate(timeout=120)[0].decode()
-    assert started.returncode == 128 + signal.SIGTERM and "--resume_from_checkpoint last goes on" in said, said[-2000:]
+    code, said = told_to_stop(flags, rb" ([3-9]|\d\d+)/400", signal.SIGTERM)
+    assert code == 128 + signal.SIGTERM and "--resume_from_checkpoint last goes on" in said, said[-2000:]
     (saved,) = (tmp_path / "a").glob("checkpoint-*")  # none was due
     assert 3 <= int(saved.name.split("-")[1]) < 300 and damaged_file(saved) is None
 
