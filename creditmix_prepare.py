@@ -114,8 +114,10 @@ def row_key(row):
 
 
 def balance(place, rows, labels, seed, n=None):
-    """`n` rows of each class, by default as many as the smallest has, chosen by a hash of seed and row.
+    """`n` rows of each class, by default as many as the smallest has: one of every customer, then a second, and so on.
 
+    Which of a customer's rows come first is a hash of seed and row. (A customer's months are near copies of each other,
+    so more customers say more than more months.)
     Errors: UserError beginning with `place`, naming the class with fewer than n rows, or with none.
     """
     by_class = {label: [r for r in rows if r["answer"] == label] for label in labels}
@@ -125,6 +127,9 @@ def balance(place, rows, labels, seed, n=None):
         raise UserError(f"{place}: class {smallest!r} has {have} rows; expected at least {n or 1}")
     for same in by_class.values():
         same.sort(key=lambda r: unit_hash(f"balance:{seed}", row_key(r)))
+        seen = Counter()
+        turn = [seen.update([r["group"]]) or seen[r["group"]] for r in same]
+        same[:] = [r for _, r in sorted(zip(turn, same, strict=True), key=lambda pair: pair[0])]
     return [r for label in labels for r in by_class[label][: n or have]]
 
 
@@ -198,9 +203,9 @@ def read_raw(path, columns="six"):
 
 
 def read_csv(path, columns="six"):
-    """The public CSV as downloaded -> rows and dropped as read_raw. Looks at raw columns only.
+    """The public CSV as downloaded -> rows and dropped as read_raw.
 
-    What is constant for a customer is repaired where it is missing, impossible or far from the customer's usual value;
+    Where the file has a column NAME_clean, which some copies of the data carry, it stands for NAME. What is constant for a customer is repaired where it is missing, impossible or far from the customer's usual value;
     a row that still lacks its label or one of the six fields is dropped.
     """
     fields = SIX if columns == "six" else [*SIX, *EXTRA, "Payment of Min Amount"]
@@ -246,6 +251,8 @@ def read_table(path, fields):
         age = raw["Credit History Age"].str.extract(r"(\d+) Years? and (\d+) Months?").astype(float)
         raw["Credit History Months"] = (age[0] * 12 + age[1]).astype(str)
     for name in fields:
+        if f"{name} clean" in raw:
+            raw[name] = raw[f"{name} clean"]
         if name not in raw:
             raise UserError(
                 f"{path}:1: column '{name.replace(' ', '_')}' is missing; expected the public data's columns"
