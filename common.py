@@ -467,7 +467,7 @@ def log_loss(scores, y):
     return float(-log_softmax(scores, axis=1)[range(len(y)), y].mean())
 
 
-def fit_calibration(raw, prior, y, ridge=1e-3):
+def fit_calibration(raw, prior, y, ridge=0.02):
     """Calibration of least log-loss on development rows: raw [N, L], prior [L], true classes y [N].
 
     w is 0 or 1: the prior is either a bias to take away (the base model) or none (most trained ones). The ridge keeps

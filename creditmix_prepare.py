@@ -205,8 +205,9 @@ def read_raw(path, columns="six"):
 def read_csv(path, columns="six"):
     """The public CSV as downloaded -> rows and dropped as read_raw.
 
-    Where the file has a column NAME_clean, which some copies of the data carry, it stands for NAME. What is constant for a customer is repaired where it is missing, impossible or far from the customer's usual value;
-    a row that still lacks its label or one of the six fields is dropped.
+    Where the file has a column NAME_clean, as some copies of the data do, it stands for NAME. What is constant for a
+    customer is repaired where it is missing, impossible or far from the customer's usual value; a row that
+    still lacks its label or one of the six fields is dropped.
     """
     fields = SIX if columns == "six" else [*SIX, *EXTRA, "Payment of Min Amount"]
     data = read_table(path, ["Customer ID", "Credit Mix", *fields])

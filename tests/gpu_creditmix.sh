@@ -14,10 +14,10 @@ pids=()
 for seed in "${@:-42}"; do
   mkdir -p "$out/data-$seed"
   python creditmix_prepare.py --src "$src" --outdir "$out/data-$seed" --seed "$seed" > "$out/data-$seed/prepare.log"
-  { train sft "$seed" --lr 1e-3 --batch_size 64 --max_steps 512 --eval_steps 128 --swap_noise 0.7 &&
-    train dpo "$seed" --lr 2e-4 --batch_size 32 --max_steps 128 --eval_steps 32 --swap_noise 0.7 --init_adapter "$out/sft-$seed"
+  { train sft "$seed" --lr 2e-3 --batch_size 64 --max_steps 560 --eval_steps 140 --swap_noise 0.7 &&
+    train dpo "$seed" --lr 2e-4 --batch_size 32 --max_steps 96 --eval_steps 32 --swap_noise 0.7 --init_adapter "$out/sft-$seed"
   } & pids+=($!)
-  train kd "$seed" --lr 1e-3 --batch_size 32 --max_steps 640 --eval_steps 160 & pids+=($!)
+  train kd "$seed" --lr 1e-3 --batch_size 32 --max_steps 560 --eval_steps 140 & pids+=($!)
 done
 for pid in "${pids[@]}"; do wait "$pid"; done  # a bare wait would pass over a run that failed
 pids=()

@@ -143,6 +143,20 @@ def test_files_are_balanced_and_agree_row_by_row(small):
         assert k["teacher_output"] == max(k["teacher_probs"], key=k["teacher_probs"].get)
 
 
+def test_balance_takes_a_row_of_every_customer_before_a_second_of_any():
+    def rows(label, **months):
+        return [
+            {"group": g, "question": f"{label} {g} {i}", "answer": label} for g, n in months.items() for i in range(n)
+        ]
+
+    many, few = rows("Good", a=5, b=1, c=2), rows("Bad", d=2, e=2)
+    chosen = prepare.balance("rows", many + few, ("Good", "Bad"), seed=1)
+    customers = Counter(r["group"] for r in chosen)
+    assert sum(customers[g] for g in "abc") == sum(customers[g] for g in "de") == 4
+    assert customers["b"] == 1 and sorted((customers["a"], customers["c"])) == [1, 2]
+    assert Counter(r["group"] for r in prepare.balance("rows", many + few, ("Good", "Bad"), 1, n=3))["a"] == 1
+
+
 def test_rejected_labels_prefer_the_neighbouring_class(small):
     pairs = Counter((r["chosen"], r["rejected"]) for r in lines(small[1] / "creditmix_dpo.jsonl"))
     for end, other in (("Good", "Bad"), ("Bad", "Good")):
@@ -241,6 +255,14 @@ def test_dirt_is_repaired_from_the_customers_other_months(tmp_path, column, dirt
     rows, dropped = prepare.read_raw(write_csv(tmp_path / "a.csv", stranger, {}, {column: dirt}, {}))
     assert not dropped
     assert rows[2] == rows[1] == rows[3] == {"question": TEXT, "answer": "Good", "group": "CUS_1"}
+
+
+def test_a_column_that_the_source_has_cleaned_stands_for_the_raw_one(tmp_path):
+    path = write_csv(tmp_path / "a.csv", {"Age": "-500", "Credit_Mix": "_"})
+    head, month = path.read_text().splitlines()
+    path.write_text(f"{head},Age_clean,Credit_Mix_clean\n{month},23,Good\n")
+    (row,), dropped = prepare.read_raw(path)
+    assert (row["question"], row["answer"], dropped.total()) == (TEXT, "Good", 0)
 
 
 def test_a_birthday_is_kept(tmp_path):
