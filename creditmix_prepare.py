@@ -206,8 +206,8 @@ def read_csv(path, columns="six"):
     """The public CSV as downloaded -> rows and dropped as read_raw.
 
     Where the file has a column NAME_clean, as some copies of the data do, it stands for NAME. What is constant for a
-    customer is repaired where it is missing, impossible or far from the customer's usual value; a row that
-    still lacks its label or one of the six fields is dropped.
+    customer is repaired where it is missing, impossible or far from the customer's usual value; a row that still
+    lacks its label or one of the six fields is dropped.
     """
     fields = SIX if columns == "six" else [*SIX, *EXTRA, "Payment of Min Amount"]
     data = read_table(path, ["Customer ID", "Credit Mix", *fields])
