@@ -11,7 +11,17 @@ import argparse
 import sys
 from pathlib import Path
 
-from common import UserError, adapter_base, between, cli, completion_ids, label_classes, positive, prompt_ids
+from common import (
+    UserError,
+    adapter_base,
+    between,
+    cli,
+    completion_ids,
+    label_classes,
+    positive,
+    prompt_ids,
+    read_json,
+)
 from distill.checkpoints import start_run
 from distill.noise import add_noise_argument, noisy_copies, prompts_of
 from distill.training import (
@@ -39,13 +49,15 @@ def main(args):
             raise UserError(f"{args.data}: row {i}: fields 'chosen' and 'rejected' are equal; expected two answers")
     if args.init_adapter and adapter_base(args.init_adapter) != args.student:
         raise UserError(f"{args.init_adapter}: trained on {adapter_base(args.init_adapter)}; expected {args.student}")
+    if args.init_adapter:  # it goes on with the rank that it has
+        args.lora_r = read_json(args.init_adapter / "adapter_config.json").get("r", args.lora_r)
     train, dev = split_for(args, rows)
     train, passes = noisy_copies(args, train, "prompt", "chosen", task)
     record = start_run(args, "dpo")
     model, tokenizer = load_student(args, train)
     train, dropped = pairs(tokenizer, train, args.max_len)
-    dev, _ = pairs(tokenizer, dev, args.max_len)
-    told = describe(tokenizer, train, dropped)
+    dev, dropped_dev = pairs(tokenizer, dev, args.max_len)
+    told = describe(tokenizer, train, dropped, dropped_dev)
     reference = f"a frozen copy of {args.init_adapter}" if args.init_adapter else f"{args.student} with the adapter off"
     print(f"reference: {reference}, log-probs computed once")
 

@@ -41,8 +41,8 @@ def main(args):
         add_distributions(args.teacher, rows, task)
     train, dev = split_for(args, rows)
     train, dropped = encode(tokenizer, train, args.max_len, "input", "teacher_output")
-    dev, _ = encode(tokenizer, dev, args.max_len, "input", "teacher_output")
-    told = describe(tokenizer, train, dropped) | {"rows_untaught": untaught, "teacher": args.teacher}
+    dev, dropped_dev = encode(tokenizer, dev, args.max_len, "input", "teacher_output")
+    told = describe(tokenizer, train, dropped, dropped_dev) | {"rows_untaught": untaught, "teacher": args.teacher}
     top_k = TopK(args, tokenizer, train + dev) if by_tokens(args, task) else None
     record = start_run(args, "kd", same)
     model, tokenizer = load_student(args, train, student)

@@ -32,8 +32,8 @@ def main(args):
     record = start_run(args, "sft")
     model, tokenizer = load_student(args, train)
     train, dropped = encode(tokenizer, train, args.max_len, "input", "output")
-    dev, _ = encode(tokenizer, dev, args.max_len, "input", "output")
-    told = describe(tokenizer, train, dropped)
+    dev, dropped_dev = encode(tokenizer, dev, args.max_len, "input", "output")
+    told = describe(tokenizer, train, dropped, dropped_dev)
 
     from trl import SFTConfig, SFTTrainer
 

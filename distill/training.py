@@ -98,10 +98,11 @@ def drop_long(rows, lengths, max_len):
     return kept, {f"longer than {max_len} tokens": len(rows) - len(kept)}
 
 
-def describe(tokenizer, rows, dropped):
+def describe(tokenizer, rows, dropped, dropped_dev):
     """Print what is about to be trained on: lengths, drops, and one row with its trained tokens marked."""
     lengths = sorted(len(r["input_ids"]) for r in rows)
-    gone = ", ".join(f"{n} {why}" for why, n in dropped.items() if n)
+    drops = [f"{n} {why}" for why, n in dropped.items() if n]
+    gone = ", ".join(drops + [f"{n} development rows {why}" for why, n in dropped_dev.items() if n])
     at = {q: lengths[min(int(len(lengths) * q / 100), len(lengths) - 1)] for q in (50, 95, 100)}
     print(f"{len(rows)} rows; tokens a row: median {at[50]}, 95% {at[95]}, longest {at[100]}; {gone or 'none'} dropped")
     n = rows[0]["labels"].count(-100)
@@ -109,6 +110,7 @@ def describe(tokenizer, rows, dropped):
     print(f"one row, the trained tokens between >>> and <<<:\n{prompt}>>>{trained}<<<")
     return {
         "rows_dropped": dropped,
+        "dev_rows_dropped": dropped_dev,
         "tokens": {"median": at[50], "p95": at[95], "longest": at[100]},
         "trained": trained,
     }
@@ -473,7 +475,9 @@ def add_arguments(p, data, save_dir, lr):
     p.add_argument("--batch_size", type=positive(int), default=16, help="of all GPUs together (default: 16)")
     p.add_argument("--micro_batch", type=positive(int), help="rows at once; default: the batch on a GPU, 8 on a CPU")
     p.add_argument("--max_vram_gb", type=positive(float), help="GiB that tensors may take; default: the GPU's memory")
-    p.add_argument("--lora_r", type=positive(int), default=16, help="adapter rank, alpha is twice that (default: 16)")
+    p.add_argument(
+        "--lora_r", type=positive(int), default=16, help="rank of a fresh adapter, alpha is twice that (default: 16)"
+    )
     p.add_argument("--max_len", type=positive(int), default=1024, help="longer rows are dropped (default: 1024)")
     p.add_argument("--dev_rows", type=positive(int), help="development rows; default: 1000 on a GPU, 100 on a CPU")
     p.add_argument("--eval_steps", type=positive(int), help="steps between evaluations; default: 8 a run")

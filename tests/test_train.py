@@ -204,6 +204,8 @@ def test_rows_over_max_len_are_dropped_and_counted(run, tiny, data, jsonl, task,
     record = json.loads((tmp_path / "a" / "run.json").read_text())
     dropped = record["rows_dropped"]["longer than 200 tokens"]
     assert 5 <= dropped <= 10 and record["rows"] + dropped > 90 and f"{dropped} longer than" in done.stdout
+    of_dev = record["dev_rows_dropped"]["longer than 200 tokens"]
+    assert dropped + of_dev == 10 and (f"{of_dev} development rows longer" in done.stdout) == (of_dev > 0)
 
 
 def test_an_unknown_student(run, tiny, data, tmp_path):
