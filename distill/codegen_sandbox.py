@@ -5,8 +5,8 @@
 
 The file is both sides: imported, it is the parent; run as `python -I -S` with a job on standard input, it is the child:
 parent -> warden (new user, network, process, IPC and mount namespaces) -> the code, as process 1 of its own process
-namespace, under Landlock and rlimits. When it ends, the kernel ends whatever it started. Where the machine forbids
-namespaces or has no Landlock, what is left is used and isolation() says so.
+namespace, under Landlock, a system call filter and rlimits. When it ends, the kernel ends whatever it started. Where
+the machine forbids namespaces or has no Landlock, what is left is used and isolation() says so.
 
 A verdict counts only with the nonce of the job, so leaving early (`os._exit(0)`), printing or writing to every open
 file proves nothing. The code and its tests share one interpreter, as the tests must call the code: code that searches
@@ -24,12 +24,33 @@ import time
 KINDS = ("passed", "syntax", "wrong answer", "timeout", "exception")
 TIMEOUT = 4  # CPU seconds; the wall limit is WALL_FACTOR times that, so that a busy machine does not change a verdict
 WALL_FACTOR = 3
-MEMORY = 512 << 20  # address space of a process
+MEMORY = 512 << 20  # address space of a process; a sample that forks has it PROCESSES times
 FILE_SIZE = 16 << 20  # of one file; all files together fit a tmpfs of FILES where mounting is allowed
 FILES = 64 << 20
 PROCESSES = 16  # processes and threads
 OUTPUT = 1 << 20  # bytes that may be printed
 NOBODY = 65534  # root is never limited in its processes and may read everything, so root's code runs as nobody
+# What neither namespaces nor Landlock nor rlimits hold: UNIX sockets by path (docker.sock), memory beside the address
+# space, privileges and rings. Numbers of linux/audit.h and unistd.h: (architecture, {name: number}).
+SYSCALLS = {
+    "x86_64": (0xC000003E, {
+        "socketpair": 53, "socket": 41, "connect": 42, "shmget": 29, "msgget": 68, "memfd_create": 319,
+        "memfd_secret": 447, "io_uring_setup": 425, "ptrace": 101, "bpf": 321, "userfaultfd": 323,
+        "perf_event_open": 298, "add_key": 248, "request_key": 249, "keyctl": 250, "unshare": 272, "setns": 308,
+        "mount": 165,
+    }),
+    "aarch64": (0xC00000B7, {
+        "socketpair": 199, "socket": 198, "connect": 203, "shmget": 194, "msgget": 186, "memfd_create": 279,
+        "memfd_secret": 447, "io_uring_setup": 425, "ptrace": 117, "bpf": 280, "userfaultfd": 282,
+        "perf_event_open": 241, "add_key": 217, "request_key": 218, "keyctl": 219, "unshare": 97, "setns": 268,
+        "mount": 40,
+    }),
+}  # fmt: skip
+# modes, owners, times and attributes of files: where the file system cannot be made read-only
+METADATA = {
+    "x86_64": [90, 91, 268, 452, 92, 93, 94, 260, 132, 235, 261, 280, 188, 189, 190, 197, 198, 199, 463, 466],
+    "aarch64": [52, 53, 452, 54, 55, 88, 5, 6, 7, 14, 15, 16, 463, 466],
+}
 CPU_EXCEEDED = 124  # exit code of the warden, as timeout(1) has it
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -49,8 +70,7 @@ def child():
         pass  # a container's /proc may be read-only
     if os.getuid() == 0:
         become_nobody(libc)
-    if namespaces:
-        enter_namespaces(libc, folder)
+    read_only = namespaces and enter_namespaces(libc, folder)
     os.chdir(folder)
     call(libc.prctl, 1, 9, 0, 0, 0)  # PR_SET_PDEATHSIG, SIGKILL: no warden without a parent, no code without a warden
     gate, opener = os.pipe()
@@ -64,6 +84,7 @@ def child():
         drop_privileges(libc)
         if landlock:
             enter_landlock(libc, folder)
+        filter_syscalls(libc, metadata=not read_only)
         os.write(verdict_fd, f"{nonce} ready\n".encode())
         judge(nonce, code, tests, verdict_fd)
     os.write(verdict_fd, f"pid {pid}\n".encode())
@@ -98,14 +119,20 @@ def become_nobody(libc):
 
 
 def enter_namespaces(libc, folder):
-    """User, process, network (with no interface up), IPC and mount namespaces; a small tmpfs over `folder`."""
+    """User, process, network (with no interface up), IPC and mount namespaces; a small tmpfs over `folder`.
+
+    -> whether all else is read-only now: Landlock does not hold modes, owners and times of files (Linux before 5.12).
+    """
     uid, gid = os.getuid(), os.getgid()
     call(libc.unshare, 0x10000000 | 0x20000000 | 0x40000000 | 0x08000000 | 0x00020000)
     for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
         with open(f"/proc/self/{name}", "w") as f:
             f.write(text)
+    attributes = (ctypes.c_uint64 * 4)(1, 0, 0, 0)  # MOUNT_ATTR_RDONLY on / and, AT_RECURSIVE, all below
+    read_only = libc.syscall(442, -100, b"/", 0x8000, attributes, ctypes.c_size_t(32)) == 0
     options = f"size={FILES},nr_inodes=2000,mode=700".encode()
     call(libc.mount, b"tmpfs", folder.encode(), b"tmpfs", ctypes.c_ulong(2 | 4), options)  # nosuid, nodev
+    return read_only
 
 
 def limit_resources(cpu_seconds, processes):
@@ -150,6 +177,41 @@ def enter_landlock(libc, folder):
             os.close(fd)
     call(libc.syscall, restrict_self, ruleset, 0)
     os.close(ruleset)
+
+
+def filter_syscalls(libc, metadata):
+    """A seccomp filter: SYSCALLS answer EPERM, with `metadata` METADATA too; of socketpair only streams remain.
+
+    A pair of stream sockets (asyncio needs one) cannot reach a third; a datagram socket could name another's path.
+    Source: linux/filter.h, linux/seccomp.h. On an architecture that is not in the table there is no filter.
+    """
+    machine = os.uname().machine
+    if machine not in SYSCALLS:
+        return
+    arch, numbers = SYSCALLS[machine]
+    denied = [n for name, n in numbers.items() if name != "socketpair"] + METADATA[machine] * metadata
+    load, equal, at_least, mask, give = 0x20, 0x15, 0x35, 0x54, 0x06
+    deny, allow = 0x00050001, 0x7FFF0000  # SECCOMP_RET_ERRNO with EPERM, SECCOMP_RET_ALLOW
+    # (operation, argument, target if true, target if false); targets None go on with the next line
+    program = [(load, 4, None, None), (equal, arch, None, deny), (load, 0, None, None), (at_least, 1 << 30, deny, None)]
+    program += [(equal, n, deny, None) for n in denied]
+    program += [(equal, numbers["socketpair"], None, allow)]
+    program += [(load, 24, None, None), (mask, 15, None, None), (equal, 1, allow, deny)]  # its type: SOCK_STREAM is 1
+    end = {allow: len(program), deny: len(program) + 1}
+    lines = []
+    for i, (operation, argument, true, false) in enumerate(program):
+        jumps = (end[target] - i - 1 if target else 0 for target in (true, false))
+        lines.append((operation, *jumps, argument))
+    lines += [(give, 0, 0, allow), (give, 0, 0, deny)]
+    code = b"".join(
+        operation.to_bytes(2, sys.byteorder) + bytes(jumps) + argument.to_bytes(4, sys.byteorder)
+        for operation, *jumps, argument in lines
+    )
+
+    class Program(ctypes.Structure):
+        _fields_ = [("length", ctypes.c_ushort), ("lines", ctypes.c_char_p)]
+
+    call(libc.prctl, 22, 2, ctypes.byref(Program(len(lines), code)), 0, 0)  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
 
 
 def judge(nonce, code, tests, verdict_fd):
@@ -239,8 +301,11 @@ def isolation():
 def describe_isolation():
     """The isolation level in one line, for the log of whoever runs code."""
     namespaces, landlock = isolation()
-    have = ["user, network, process, IPC and mount namespaces"] * namespaces + ["Landlock"] * landlock + ["rlimits"]
-    lost = ["network and other processes are reachable"] * (not namespaces)
+    filtered = os.uname().machine in SYSCALLS
+    have = ["user, network, process, IPC and mount namespaces"] * namespaces + ["Landlock"] * landlock
+    have += ["seccomp"] * filtered + ["rlimits"]
+    lost = ["other processes are reachable"] * (not namespaces)
+    lost += ["sockets are reachable"] * (not filtered)
     lost += ["files the user may write or read are reachable"] * (not landlock)
     return "sandbox: " + ", ".join(have) + (f" (weak: {'; '.join(lost)})" if lost else "")
 

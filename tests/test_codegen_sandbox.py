@@ -228,6 +228,61 @@ def test_sandbox_connections():
             udp.recv(1)
 
 
+needs_filter = pytest.mark.skipif("seccomp" not in describe_isolation(), reason=describe_isolation())
+
+
+@needs_filter
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
+def test_sandbox_unix_sockets(tmp_path, kind):
+    path = str(tmp_path / "door")
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o777)
+    with socket.socket(socket.AF_UNIX, kind) as door:
+        door.bind(path)
+        os.chmod(path, 0o777)
+        door.settimeout(0.2)
+        if kind == socket.SOCK_STREAM:
+            door.listen()
+            knock = f"s = socket.socket(socket.AF_UNIX)\ns.connect({path!r})\ns.sendall(b'x')\n"
+        else:  # a pair is connected already, but a datagram may name another address
+            knock = f"s = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)[0]\ns.sendto(b'x', {path!r})\n"
+        assert run("import socket\n" + knock + DEFINES)[0] == "exception"
+        with pytest.raises(TimeoutError):
+            door.accept() if kind == socket.SOCK_STREAM else door.recv(1)
+
+
+@needs_filter
+def test_sandbox_memory_beside_the_address_space():
+    assert run("import os\nos.memfd_create('m')\n" + DEFINES)[0] == "exception"
+    code = "import ctypes\ndef f():\n    return ctypes.CDLL(None).shmget(0, 1 << 20, 0o1600)\n"
+    assert run(code, "assert f() == -1") == ("passed", "")
+
+
+def test_sandbox_has_asyncio_and_threads():
+    code = "import asyncio\nasync def g():\n    return 1\ndef f():\n    return asyncio.run(g())\n"
+    assert run(code) == ("passed", "")
+    pool = "from concurrent.futures import ThreadPoolExecutor\n"
+    code = pool + "def f():\n    return max(ThreadPoolExecutor(2).map(int, '01'))\n"
+    assert run(code) == ("passed", "")
+
+
+@needs_filter
+@pytest.mark.parametrize("namespaces", [True, False])
+@pytest.mark.parametrize("change", ["chmod({!r}, 0o777)", "utime({!r}, (1, 1))", "setxattr({!r}, 'user.a', b'1')"])
+def test_sandbox_modes_and_times_of_files_outside(tmp_path, namespaces, change):
+    victim = tmp_path / "victim"
+    victim.write_text("kept")
+    if os.getuid() == 0:  # the code runs as nobody, who may change only what is its own
+        os.chown(victim, codegen_sandbox.NOBODY, codegen_sandbox.NOBODY)
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o777)
+    before = victim.stat()
+    features = (namespaces and isolation()[0], isolation()[1])
+    code = f"import os\nos.{change.format(str(victim))}\n" + DEFINES
+    assert codegen_sandbox.run_once(code, CHECK, 4, *features)["kind"] == "exception"
+    assert (victim.stat().st_mode, victim.stat().st_mtime) == (before.st_mode, before.st_mtime)
+
+
 def test_sandbox_fork_bomb():
     code = "import ctypes, os\nctypes.CDLL(None).prctl(15, b'sbx_bomb', 0, 0, 0)\nwhile True:\n    os.fork()\n"
     kind, detail = run(code, timeout=1)
