@@ -260,10 +260,15 @@ def completion_ids(tokenizer, prompts, answers, begins=None):
     return out
 
 
-def _chat(tokenizer, user, answer=None):
+def harmless(tokenizer, text):
+    """The text with a blank in each special token: text from outside must not open or close a turn."""
     for token in (t.content for t in tokenizer.added_tokens_decoder.values() if t.special):
-        user = user.replace(token, f"{token[0]} {token[1:]}")  # text from outside must not open or close a turn
-    messages = [{"role": "user", "content": user}]
+        text = text.replace(token, f"{token[0]} {token[1:]}")
+    return text
+
+
+def _chat(tokenizer, user, answer=None):
+    messages = [{"role": "user", "content": harmless(tokenizer, user)}]
     if answer is not None:
         messages.append({"role": "assistant", "content": answer})
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)

@@ -42,7 +42,7 @@ DATE = r"(\d{4})[-/.](\d\d?)[-/.](\d\d?)|(\d\d?)[-/. ]?(\d\d?|[a-z]{3})[-/. ,]*(
 def as_date(text):
     """The ISO date that a text states and nothing else, day before month; None where it is no date."""
     m = re.fullmatch(DATE, text.strip().lower())
-    if not m:
+    if not m or (text.strip().isdecimal() and len(text.strip()) not in (6, 8)):
         return None
     year, month, day = m.group(1, 2, 3) if m[1] else m.group(6, 5, 4)
     month = MONTHS.index(month) + 1 if month in MONTHS else month
@@ -55,7 +55,8 @@ def as_date(text):
 def canonical(value):
     """What two values must share to count as equal: an amount or a date by value, else letters and digits, lower case.
 
-    "RM 1,234.50" and 1234.5 are equal, as are "25/12/2018" and "2018-12-25", "No.2, JALAN 3" and "no 2 jalan 3".
+    "RM 1,234.50" and 1234.5 are equal, as are "80" and "80.00", "25/12/2018" and "2018-12-25", "No.2, JALAN 3" and "no
+    2 jalan 3". A date without separators has 6 or 8 digits; other bare digits are a number unless they begin with 0.
     None where nothing is stated: null, an empty text, only punctuation.
     """
     if isinstance(value, bool) or value is None:
@@ -67,6 +68,8 @@ def canonical(value):
         return ("number", round(float(amount[1].replace(",", "")), 2))
     if as_date(value):
         return ("date", as_date(value))
+    if re.fullmatch(r"\s*-?[1-9]\d{0,14}\s*", value):
+        return ("number", float(value))
     text = "".join(c for c in unicodedata.normalize("NFKC", value).casefold() if c.isalnum())
     return ("text", text) if text else None
 

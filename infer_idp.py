@@ -19,7 +19,20 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import UserError, cli, load_model, prompt_ids, read_json, read_rows, read_text, row_hash, write_jsonl
+from common import (
+    UserError,
+    cli,
+    file_sha256,
+    harmless,
+    load_model,
+    positive,
+    prompt_ids,
+    read_json,
+    read_rows,
+    read_text,
+    row_hash,
+    write_jsonl,
+)
 from distill.idp_decode import Constraint, SchemaLogitsProcessor, Vocabulary, check_schema, validator
 
 MAX_CHARS = 200_000  # of one document: about 100 pages; more is a mistake in the call rather than a document
@@ -84,9 +97,11 @@ def parse_valid(text, judge):
     try:
         value = json.loads(text)
         json.dumps(value, allow_nan=False)  # NaN, or 1e999, which Python reads as infinity
+        error = next(judge.iter_errors(value), None)
     except ValueError as e:
         return None, f"not JSON: {e}"
-    error = next(judge.iter_errors(value), None)
+    except RecursionError:
+        return None, "nested too deep to be checked"
     return (value, None) if error is None else (None, f"{error.json_path}: {error.message[:120]}")
 
 
@@ -149,8 +164,8 @@ def pieces_of(document, schema, tokenizer, context, max_new_tokens):
     room = context - frame - max_new_tokens - 16  # a piece may take some tokens more inside the prompt
     if room < 64:
         raise UserError(
-            f"schema: with --max_new_tokens {max_new_tokens} it leaves {room} of {context} tokens for the document; "
-            "expected at least 64"
+            f"schema: its {frame} tokens and --max_new_tokens {max_new_tokens} leave {max(0, room)} of {context} for "
+            "the document; expected at least 64"
         )
     if len(tokenizer(document, add_special_tokens=False)["input_ids"]) <= room:
         return [document]
@@ -163,6 +178,7 @@ def extract(model, tokenizer, documents, schema, constraint, max_new_tokens, bat
     Errors: UserError where generate_valid finds none, or where the pieces of a document are not valid together.
     """
     judge = validator(schema)
+    documents = [harmless(tokenizer, d) for d in documents]  # first: it changes how many tokens they have
     context = model.config.max_position_embeddings
     pieces = [(i, p) for i, d in enumerate(documents) for p in pieces_of(d, schema, tokenizer, context, max_new_tokens)]
     values = []
@@ -188,6 +204,8 @@ def check_document(document, place):
     """Errors: UserError for an empty, binary or oversized document."""
     if not document.strip():
         raise UserError(f"{place}: the document is empty")
+    if "\udc80" <= max(document) <= "\udcff":  # how Python passes on arguments that are no UTF-8
+        raise UserError(f"{place}: expected UTF-8 text")
     if "\0" in document:
         raise UserError(f"{place}: expected text, got binary data (a zero byte)")
     if len(document) > MAX_CHARS:
@@ -204,18 +222,27 @@ def read_documents(args):
             raise UserError(f"standard input: expected UTF-8 text, byte {e.start} is none") from None
     if args.document is not None:
         return [check_document(args.document, "--document")]
-    if args.input.suffix != ".jsonl":
+    if args.input.suffix.lower() != ".jsonl":
         return [check_document(read_text(args.input), args.input)]
     if args.output is None:
         raise UserError("--output is missing; expected a .jsonl file for the results of --input")
+    if args.output.is_dir() or args.output.resolve() == args.input.resolve():
+        raise UserError(f"--output {args.output}: expected a file of its own")
     rows = read_rows(args.input, {"document": str})
     return [check_document(r["document"], f"{args.input}: row {i}") for i, r in enumerate(rows, 1)]
+
+
+def result_keys(args, schema, documents):
+    """By which a stopped run knows its results again: model (an adapter's weights too), schema, budget, document."""
+    weights = Path(args.model_dir) / "adapter_model.safetensors"
+    about = [args.model_dir, file_sha256(weights) if weights.is_file() else None, schema, args.max_new_tokens]
+    return [row_hash(compact([*about, d])) for d in documents]
 
 
 def write_results(model, tokenizer, documents, schema, constraint, args):
     """Results one line a document; a run that was stopped goes on behind what it finished, in <output>.part."""
     part = args.output.with_name(args.output.name + ".part")
-    keys = [row_hash(compact([args.model_dir, schema, args.max_new_tokens, d])) for d in documents]
+    keys = result_keys(args, schema, documents)
     done = read_rows(part, {"key": str, "line": int}) if part.is_file() and part.stat().st_size else []
     if [r["key"] for r in done] != keys[: len(done)]:
         done = []  # of another model, schema or input
@@ -255,6 +282,8 @@ if __name__ == "__main__":
     source.add_argument("--input", type=Path, help='a text file, or .jsonl with rows {"document"} and --output')
     p.add_argument("--output", type=Path, help="results of a .jsonl input; a stopped run goes on (default: print)")
     p.add_argument("--max_new_tokens", type=int, default=512, help="tokens of one answer; it always ends (default 512)")
-    p.add_argument("--batch_size", type=int, default=8, help="documents at once (default 8): memory against time")
+    p.add_argument(
+        "--batch_size", type=positive(int), default=8, help="documents at once (default 8): memory against time"
+    )
     p.add_argument("--lenient", action="store_true", help="take keywords that cannot be enforced: validate and retry")
     cli(main, p.parse_args())

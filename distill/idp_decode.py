@@ -23,6 +23,7 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError
 from jsonschema_specifications import REGISTRY
 from llguidance import LLMatcher, LLTokenizer
+from referencing.exceptions import Unresolvable
 from transformers import LogitsProcessor
 
 from common import UserError
@@ -37,6 +38,7 @@ GRAMMAR_OPTIONS = {"whitespace_flexible": False, "json_allowed_escapes": '"\\bfn
 MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies")
 LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
 SINGLE = ("items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames")
+SINGLE += ("unevaluatedItems", "unevaluatedProperties")
 NOT_YEAR_0 = "^(?:000[1-9]|00[1-9][0-9]|0[1-9][0-9]{2}|[1-9][0-9]{3})"
 LEAP_YEAR = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)"
 REAL_DAY = f"^(?:[0-9]{{4}}-(?:0[13-9]|1[0-2]|02-[01]|02-2[0-8])|{LEAP_YEAR}-02-29)"
@@ -47,7 +49,8 @@ NARROWER = {
     "time": [f"^{NOT_SECOND_60}"],
 }
 # llguidance reads \d and \w as ASCII, Python's re as Unicode: what their negations match differs
-NEGATED_CLASS = re.compile(r"\\[DW]|\[\^[^\]]*\\[dw]")
+CLASS = r"\[\^?\]?(?:\\.|[^\]\\])*\]"
+NEGATED_CLASS = re.compile(r"\\[DW]|\[\^(?:\\.|[^\]\\])*?\\[dw]")
 ASCII_OR_NO_WORD = r"^(?:[\x00-\x7F]|[^\p{L}\p{N}])*$"
 
 
@@ -83,6 +86,34 @@ def refuse(keyword, at, why):
     raise UserError(f"schema {at}: keyword '{keyword}' cannot be enforced: {why}; change it or use --lenient")
 
 
+def check_references(schema):
+    """UserError for a $ref that leads to a file, a URL or nothing, wherever it stands; nothing is fetched."""
+    judge = validator(schema)
+
+    def visit(s, at):
+        ref = s.get("$ref", s.get("$dynamicRef"))
+        if ref is None:
+            return s
+        if not ref.startswith("#"):
+            raise UserError(f"schema {at}: $ref to '{ref[:80]}': expected a reference inside the schema (#/...)")
+        try:
+            judge.evolve(schema={"$ref": ref}).is_valid({})
+        except Unresolvable:
+            raise UserError(f"schema {at}: $ref to '{ref[:80]}': nothing is there") from None
+        return s
+
+    rebuild(schema, visit)
+
+
+def set_in_class(pattern):
+    """What stands in a character class of a regular expression and is a set to llguidance, a character to the judge."""
+    for body in re.findall(CLASS, pattern):
+        found = re.search(r"\[|&&|--|~~", re.sub(r"\\.", "", body[1:]))
+        if found:
+            return found[0]
+    return None
+
+
 def narrow(schema):
     """The schema as the grammar gets it: what it generates is a subset of what the validator accepts.
 
@@ -91,16 +122,21 @@ def narrow(schema):
     judge = validator(schema)
 
     def visit(s, at):
-        ref = s.get("$ref", s.get("$dynamicRef", "#"))
-        if isinstance(ref, str) and not ref.startswith("#"):
-            raise UserError(f"schema {at}: $ref to '{ref[:80]}': expected a reference inside the schema (#/...)")
         values = literals(s)
         if values is not None and set(s) - {"enum", "const", "type"}:
             keeps = judge.evolve(schema=s).is_valid
             return {"enum": [v for v in values if keeps(v)]}  # finitely many: the validator chooses among them
         extra = list(NARROWER.get(s.get("format"), []))
-        if any(NEGATED_CLASS.search(p) for p in [s.get("pattern", ""), *s.get("patternProperties", {})]):
-            extra.append(ASCII_OR_NO_WORD)
+        for keyword, patterns in (
+            ("pattern", [s.get("pattern", "")]),
+            ("patternProperties", s.get("patternProperties", {})),
+        ):
+            for sign in filter(None, map(set_in_class, patterns)):
+                refuse(
+                    keyword, at, f"inside [...] {sign!r} is a set operation in one dialect and a character in another"
+                )
+            if any(map(NEGATED_CLASS.search, patterns)):
+                extra.append(ASCII_OR_NO_WORD)
         step = s.get("multipleOf")
         if isinstance(step, float) and Fraction(repr(step)) != Fraction(step):
             refuse("multipleOf", at, f"in binary floating point no {step} is exact")
@@ -130,11 +166,12 @@ def check_schema(schema, lenient=False):
     try:
         Draft202012Validator.check_schema(schema)
         schema = schema if isinstance(schema, dict) else {"allOf": [schema]}  # true and false are schemas too
+        check_references(schema)
         try:
             grammar = grammar_of(schema)
             error = LLMatcher.validate_grammar(grammar)
         except UserError as e:
-            if not lenient or "$ref" in str(e):
+            if not lenient:
                 raise
             error = str(e)
         if error and lenient:
@@ -143,7 +180,7 @@ def check_schema(schema, lenient=False):
                 grammar = LLMatcher.grammar_from_json_schema({"x-guidance": GRAMMAR_OPTIONS})  # any JSON
         elif error:
             refuse_as_compiled(schema, error)
-        validator(schema).is_valid({})  # finds a $ref to nothing, or to itself
+        validator(schema).is_valid({})  # finds a $ref to itself
     except SchemaError as e:
         raise UserError(f"schema {e.json_path}: not a valid JSON Schema (draft 2020-12): {e.message[:120]}") from None
     except RecursionError:

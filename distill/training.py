@@ -316,9 +316,10 @@ def training_arguments(args, model, rows, dev, task, passes=1):
         "per_device_eval_batch_size": micro,
         "gradient_accumulation_steps": accumulate,
         "learning_rate": args.lr,
-        # the first steps, which learn to answer with a label at all, have the largest gradients by far; at 0.999 their
-        # memory outlives a short run and keeps its later steps small
-        "adam_beta2": 0.95,
+        # The first steps, which learn to answer with a label at all, have the largest gradients by far; at the usual
+        # 0.999 their memory outlives a short run and keeps its later steps small. A small batch, whose gradients are
+        # noisier, remembers as many rows as one of 32 (arXiv 2507.07101).
+        "adam_beta2": 0.95 ** min(1, args.batch_size / 32),
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.03,  # below 1 it is a share
         "optim": "paged_adamw_32bit" if cuda and large else "adamw_torch",

@@ -126,6 +126,10 @@ def test_group_is_the_companys_spelling_or_the_document(jsonl):
         ("25/12/2018", "12/25/2018", False),
         ("NO.2, JALAN 3", "no 2 jalan 3", True),
         ("ACME", "ACNE", False),
+        ("80", "80.00", True),
+        ("120345", "12345", False),
+        ("0012", "12", False),
+        ("12032018", "2018-03-12", True),
         ("", None, True),
         (True, 1, False),
         ("31/02/2018", "31-02-2018", True),  # no date: compared as text

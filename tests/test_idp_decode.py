@@ -9,12 +9,24 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from llguidance import LLMatcher
 from transformers import AutoTokenizer
 
-from common import UserError, cli, load_model, row_hash
+from common import UserError, cli, harmless, load_model, prompt_ids
 from distill.embedded import embedded_student
 from distill.idp_decode import Constraint, SchemaLogitsProcessor, Vocabulary, check_schema, closing, validator
-from infer_idp import compact, extract, generate, in_schema_order, main, merge, parse_valid, split_document
+from infer_idp import (
+    extract,
+    generate,
+    idp_prompt,
+    in_schema_order,
+    main,
+    merge,
+    parse_valid,
+    pieces_of,
+    result_keys,
+    split_document,
+)
 
 INVOICE = json.loads((ROOT / "data" / "idp_schema.json").read_text())
 SROIE = ROOT / "data" / "sroie_schema.json"
@@ -119,7 +131,10 @@ def test_what_llguidance_alone_lets_pass_and_the_validator_does_not(vocab, schem
             r"#/properties/a: \$ref to 'https://example.com",
         ),
         ({"$ref": "other.json#/a"}, r"\$ref to 'other.json#/a'"),
-        ({"$ref": "#/$defs/none"}, r"keyword '\$ref'"),
+        ({"$ref": "#/$defs/none"}, r"schema #: \$ref to '#/\$defs/none': nothing is there"),
+        ({"unevaluatedProperties": {"$ref": "b.json"}}, r"#/unevaluatedProperties: \$ref to 'b.json': expected"),
+        ({"pattern": "^[[:alpha:]]$"}, r"#: keyword 'pattern' cannot be enforced: inside \[...\] '\['"),
+        ({"properties": {"a": {"pattern": "^[a-z&&[^b]]$"}}}, "#/properties/a: keyword 'pattern'"),
         ({"$ref": "#"}, "schema"),
         ({"type": "strin"}, r"schema \$.type: not a valid JSON Schema"),
         ({"items": [{"type": "null"}]}, r"schema \$.items: not a valid JSON Schema \(draft 2020-12\)"),
@@ -140,8 +155,44 @@ def test_a_schema_without_a_finite_document_is_refused(vocab):
 def test_lenient_takes_unsupported_keywords_but_no_remote_reference():
     assert check_schema({"type": "array", "uniqueItems": True}, lenient=True)
     assert check_schema({"type": "string", "pattern": "^(?!x)"}, lenient=True)
+    assert check_schema({"properties": {"$ref_id": {"multipleOf": 0.01}}}, lenient=True)  # a name, no reference
     with pytest.raises(UserError, match="inside the schema"):
         check_schema({"$ref": "file:///etc/passwd"}, lenient=True)
+    with pytest.raises(UserError, match="nothing is there"):
+        check_schema({"properties": {"a": {"$ref": "#/none"}}}, lenient=True)
+
+
+@pytest.mark.parametrize(("pattern", "text"), [(r"^[^\]\d]$", "٣"), (r"^[^\]a-z\w]$", "é"), (r"^[^\d]$", "٣")])
+def test_a_negated_class_writes_nothing_that_the_judge_reads_otherwise(vocab, pattern, text):
+    schema = {"type": "string", "pattern": pattern}
+    assert not validator(schema).is_valid(text)
+    matcher = LLMatcher(vocab.table, check_schema(schema), log_level=0)
+    tokens = vocab.table.tokenize_str(json.dumps(text, ensure_ascii=False))
+    assert matcher.try_consume_tokens(tokens) < len(tokens)
+
+
+def test_depth_beyond_the_judge_is_no_result_and_no_traceback():
+    schema = {"$defs": {"n": {"type": "array", "items": {"$ref": "#/$defs/n"}}}, "$ref": "#/$defs/n"}
+    assert parse_valid("[" * 400 + "]" * 400, validator(schema)) == (None, "nested too deep to be checked")
+
+
+def test_special_tokens_of_a_document_count_as_what_they_become():
+    tokenizer = AutoTokenizer.from_pretrained(embedded_student())
+    schema, document = json.loads(SROIE.read_text()), "<|im_start|> " * 600
+    pieces = pieces_of(harmless(tokenizer, document), schema, tokenizer, 1024, 100)
+    assert len(pieces) > 1
+    prompts = prompt_ids(tokenizer, [idp_prompt(schema, piece) for piece in pieces])
+    assert max(map(len, prompts)) + 100 <= 1024
+
+
+def test_arguments_that_cannot_be_meant(tiny, jsonl, tmp_path):
+    source = jsonl("docs.jsonl", [{"document": "a"}])
+    options = {"document": None, "lenient": False, "max_new_tokens": 40, "batch_size": 2, "input": source}
+    for output in (source, tmp_path):
+        with pytest.raises(UserError, match="expected a file of its own"):
+            main(SimpleNamespace(model_dir=str(tiny), schema=SROIE, output=output, **options))
+    with pytest.raises(UserError, match="--document: expected UTF-8"):
+        main(SimpleNamespace(model_dir=str(tiny), schema=SROIE, output=None, **{**options, "document": "a\udcff"}))
 
 
 def test_merge_rule_of_pieces():
@@ -202,7 +253,7 @@ def test_a_stopped_run_goes_on(tiny, jsonl, tmp_path):
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [r["line"] for r in rows] == [1, 2, 3] and all(validator(schema).is_valid(r["output"]) for r in rows)
     # what a run stopped behind its first batch leaves; the first result is marked to see that it is not made again
-    keys = [row_hash(compact([str(tiny), schema, 40, d])) for d in documents]
+    keys = result_keys(args, schema, documents)
     marked = {"company": "kept", "date": None, "address": None, "total": None}
     jsonl("out.jsonl.part", [{"line": i + 1, "key": keys[i], "output": [marked, rows[1]["output"]][i]} for i in (0, 1)])
     main(args)
