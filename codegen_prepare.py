@@ -50,13 +50,13 @@ def main(args):
 def drop_incomplete(tasks, dropped):
     kept = []
     for task in tasks:
+        if not task["tests"].strip() or not task.get("solution", "").strip():
+            dropped["no solution or no tests"] += 1
+            continue
         try:
             parse_tests(task["tests"], task["task_id"])
         except UserError:
-            dropped["tests do not parse"] += 1
-            continue
-        if not task["tests"].strip() or not task.get("solution", "").strip():
-            dropped["no solution or no tests"] += 1
+            dropped["tests do not parse, or check nothing"] += 1
         else:
             kept.append(task)
     return kept

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import UserError, check_models, cli, load_model, row_hash, write_json, write_jsonl
+from common import UserError, check_models, cli, load_model, positive, row_hash, write_json, write_jsonl
 from distill.codegen_sandbox import KINDS, describe_isolation, run_many
 from distill.report import run_record
 from infer_codegen import (
@@ -119,6 +119,8 @@ def check_reference(problems):
     for name in ("reference", "return None"):
         jobs = []
         for p in problems:
+            if not p.get("solution", "").strip():
+                raise UserError(f"problem {p['task_id']}: field 'solution' is missing; --reference expected one")
             code = p["solution"] if name == "reference" else do_nothing(p)
             jobs.append((program(p, code), p["tests"]))
         verdicts = run_many(jobs, desc=name)
@@ -225,10 +227,12 @@ if __name__ == "__main__":
         "--mode", nargs="+", choices=["direct", "plan"], default=["direct"], help="(default direct); plan: 2 calls"
     )
     p.add_argument("--problems", type=Path, help="JSONL of prompt and tests, or MBPP's form (default: HumanEval)")
-    p.add_argument("--last", type=int, help="only the last problems of the file (default: all)")
-    p.add_argument("--limit", type=int, help="only the first problems, to try it out (default: all)")
-    p.add_argument("--k", type=int, nargs="+", default=[1], help="of pass@k (default 1); needs --n of at least k")
-    p.add_argument("--timeout", type=int, default=4, help="CPU seconds a sample may run (default 4); wall time 3x that")
+    p.add_argument("--last", type=positive(int), help="only the last problems of the file (default: all)")
+    p.add_argument("--limit", type=positive(int), help="only the first problems, to try it out (default: all)")
+    p.add_argument("--k", type=positive(int), nargs="+", default=[1], help="of pass@k (default 1); at most --n")
+    p.add_argument(
+        "--timeout", type=positive(int), default=4, help="CPU seconds of a sample (default 4); wall time 3x that"
+    )
     p.add_argument("--out_dir", type=Path, help="folder for samples, results and report.json")
     p.add_argument("--reference", action="store_true", help="run the reference solutions and `return None` instead")
     p.add_argument("--allow_overlap", action="store_true", help="evaluate although problems were trained on; reported")

@@ -22,6 +22,7 @@ from pathlib import Path
 from common import (
     SEED,
     UserError,
+    between,
     check_row,
     cli,
     file_sha256,
@@ -41,6 +42,9 @@ def main(args):
     check_arguments(args)
     tests = parse_tests(read_text(args.tests), args.tests) if args.tests else None
     tasks = read_tasks(args.input) if args.input else [{"prompt": args.prompt}]
+    for task in tasks:
+        if task.get("tests", "").strip():
+            parse_tests(task["tests"], f"{args.input}: task {task['task_id']}")
     if tests is not None or any(t.get("tests") for t in tasks):
         print(describe_isolation(), file=sys.stderr)
     model, tokenizer = load_model(args.model_dir)
@@ -95,18 +99,21 @@ def read_tasks(path):
     """Tasks of a JSON or JSONL file: [{"task_id", "prompt", "tests"?, "solution"?, "plan"?}].
 
     Forms: {"prompt", "tests"?, "solution"?, "plan"?} with tests as text or as a list of asserts, or MBPP's
-    {"text", "code", "test_list", "test_setup_code"?}, whose request quotes the tests as is usual for MBPP, since the
-    text does not name the function. Errors: UserError naming file and row.
+    {"text" (or "prompt"), "code", "test_list", "test_setup_code"?, "test_imports"?}, whose request quotes the tests as
+    is usual for MBPP, since the text does not name the function. Errors: UserError naming file and row.
     """
     tasks = []
     for i, row in enumerate(read_rows(path, {}), 1):
         place = f"{path}: row {i}"
-        if "text" in row:
-            check_row(place, row, {"text": str, "test_list": list}, {"code": str, "test_setup_code": str})
+        if "text" in row or "test_list" in row:
+            request = "text" if "text" in row else "prompt"  # the sanitized MBPP says prompt
+            optional = {"code": str, "test_setup_code": str, "test_imports": list}
+            check_row(place, row, {request: str, "test_list": list}, optional)
             asserts = "\n".join(map(str, row["test_list"]))
+            setup = [row.get("test_setup_code") or "", *map(str, row.get("test_imports") or [])]
             task = {
-                "prompt": f"{row['text'].strip()}\nYour code should pass these tests:\n{asserts}",
-                "tests": f"{row.get('test_setup_code') or ''}\n{asserts}",
+                "prompt": f"{row[request].strip()}\nYour code should pass these tests:\n{asserts}",
+                "tests": "\n".join([*setup, asserts]),
                 "solution": (row.get("code") or "").replace("\r\n", "\n"),
             }
         else:
@@ -118,12 +125,23 @@ def read_tasks(path):
 
 
 def parse_tests(text, place):
-    """Text of asserts; UserError where it is no Python. Parsed here, run only in the sandbox."""
+    """Text of asserts, run only in the sandbox; UserError where it is no Python or nothing in it can fail."""
     try:
-        ast.parse(text)
+        tree = ast.parse(text)
+        compile(text, str(place), "exec")  # finds a `return` outside a function, too
     except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
         line = f":{e.lineno}" if isinstance(e, SyntaxError) else ""
         raise UserError(f"{place}{line}: tests: expected Python with asserts: {getattr(e, 'msg', e)}") from None
+    runs, left = [], list(tree.body)
+    while left:
+        node = left.pop()
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda):
+            runs.append(node)
+            left += ast.iter_child_nodes(node)
+    checks = (ast.Assert, ast.Raise)
+    can_fail = any(isinstance(n, checks) or getattr(n, "attr", "").startswith("assert") for n in ast.walk(tree))
+    if not can_fail or not any(isinstance(n, (*checks, ast.Call)) for n in runs):
+        raise UserError(f"{place}: tests: expected asserts that run; any code would pass these")
     return text
 
 
@@ -166,8 +184,13 @@ def reply_to(model, tokenizer, messages, max_new_tokens, temperature, streamer=N
 
 
 def room(model, max_new_tokens):
-    """Tokens a prompt may have."""
-    return model.config.max_position_embeddings - max_new_tokens
+    """Tokens a prompt may have. Error: UserError where nothing is left for one."""
+    context = model.config.max_position_embeddings
+    if max_new_tokens >= context:
+        raise UserError(
+            f"--max_new_tokens {max_new_tokens}: expected less than the model's context of {context} tokens"
+        )
+    return context - max_new_tokens
 
 
 def sample(model, tokenizer, prompts, args, streamer=None):
@@ -255,9 +278,9 @@ def check_sampling(args):
             raise UserError(f"--{name} {getattr(args, name)}: expected at least 1")
     if args.temperature is None:
         args.temperature = 0.8 if args.n > 1 else 0.0
-    if not 0 <= args.temperature < float("inf") or (args.n > 1 and args.temperature == 0):
+    if not (args.temperature == 0 or 0.01 <= args.temperature <= 100) or (args.n > 1 and args.temperature == 0):
         raise UserError(
-            f"--temperature {args.temperature:g} with --n {args.n}: expected more than 0 to get {args.n} samples"
+            f"--temperature {args.temperature:g} with --n {args.n}: expected 0.01 to 100, or 0 for one sample"
         )
 
 
@@ -329,7 +352,7 @@ def add_sampling_arguments(p):
     """The flags that eval_codegen.py shares."""
     p.add_argument("--n", type=int, default=1, help="samples a prompt (default 1); time grows with it")
     p.add_argument("--temperature", type=float, help="0 is greedy (default: 0 for one sample, 0.8 for several)")
-    p.add_argument("--seed", type=int, default=SEED, help=f"of the sampling (default {SEED})")
+    p.add_argument("--seed", type=between(int, 0, 2**32 - 1), default=SEED, help=f"of the sampling (default {SEED})")
     p.add_argument(
         "--max_new_tokens", type=int, default=384, help="of a reply (default 384); the longest sets the time"
     )

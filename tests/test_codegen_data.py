@@ -187,7 +187,7 @@ def test_prepare_script(run, jsonl, tmp_path):
     for reason in (
         "wrong answer': 1",
         "timeout': 1",
-        "do not parse': 1",
+        "or check nothing': 1",
         "or no tests': 1",
         "syntax': 1",
         "HumanEval': 1",

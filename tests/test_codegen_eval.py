@@ -13,15 +13,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from common import ROOT, row_hash
+from common import ROOT, UserError, row_hash
 from distill.codegen_sandbox import run_sandboxed
 from eval_codegen import bootstrap, do_nothing, humaneval, pass_at_k
-from infer_codegen import code_prompt, program, read_samples
+from infer_codegen import code_prompt, parse_tests, program, read_samples, read_tasks
 
 TASKS = [
     {"task_id": "a", "prompt": "Write one().", "solution": "def one():\n    return 1", "tests": "assert one() == 1"},
     {"task_id": "b", "prompt": "Write two().", "solution": "def two():\n    return 2", "tests": ["assert two() == 2"]},
 ]
+UNITTEST = "import unittest\nclass T(unittest.TestCase):\n    def test(self):\n        self.assertEqual(f(1), 1)\n"
 SMALL = ("--max_new_tokens", "6", "--batch_size", "2")
 
 
@@ -207,9 +208,12 @@ def test_eval_refuses_problems_that_were_trained_on(here, tiny_adapter, jsonl, t
     [
         (["--model_dir", "x"], "expected --model_dir and --out_dir, or --reference"),
         (["--model_dir", "x", "--out_dir", "y", "--k", "5"], "--k 5: expected at most --n 1"),
-        (["--model_dir", "x", "--out_dir", "y", "--n", "2", "--temperature", "0"], "expected more than 0"),
+        (["--model_dir", "x", "--out_dir", "y", "--n", "2", "--temperature", "0"], "expected 0.01 to 100"),
         (["--model_dir", "x", "--out_dir", "y", "--n", "0"], "--n 0: expected at least 1"),
         (["--problems", "missing.jsonl", "--reference"], "missing.jsonl: no such file"),
+        (["--limit", "0", "--reference"], "--limit"),
+        (["--timeout", "0", "--reference"], "--timeout"),
+        (["--model_dir", "x", "--out_dir", "y", "--k", "-1"], "--k"),
     ],
 )
 def test_eval_bad_arguments(here, arguments, message):
@@ -226,6 +230,40 @@ def test_eval_tests_that_do_not_parse(run, jsonl):
     r = run("eval_codegen.py", "--reference", "--problems", jsonl("q.jsonl", [{"prompt": "x"}]))
     assert r.returncode == 2
     assert "problem 1: field 'tests' is missing or empty" in r.stderr
+    r = run("eval_codegen.py", "--reference", "--problems", jsonl("r.jsonl", [{"prompt": "x", "tests": "assert 1"}]))
+    assert r.returncode == 2
+    assert "problem 1: field 'solution' is missing" in r.stderr
+
+
+@pytest.mark.parametrize(
+    ("tests", "run"),
+    [
+        ("assert f(1) == 1", True),
+        ("def check(f):\n    assert f(1) == 1\ncheck(f)", True),
+        ("for i in range(3):\n    assert f(i) == i", True),
+        ("if f(1) != 1:\n    raise ValueError", True),
+        (UNITTEST + "unittest.main()", True),
+        ("# nothing", False),
+        ("f(1)", False),
+        ("def test_f():\n    assert f(1) == 1", False),
+        (UNITTEST, False),
+        ("return 1", False),
+    ],
+)
+def test_tests_that_any_code_passes_are_refused(tests, run):
+    if run:
+        assert parse_tests(tests, "t.py") == tests
+    else:
+        with pytest.raises(UserError, match=r"t\.py.*tests: expected"):
+            parse_tests(tests, "t.py")
+
+
+def test_both_forms_of_mbpp(jsonl):
+    row = {"code": "def f():\n    return 1", "test_list": ["assert f() == 1"], "task_id": 7}
+    rows = [{**row, "text": "One."}, {**row, "prompt": "One.", "test_imports": ["import math"]}]
+    full, sanitized = read_tasks(jsonl("m.jsonl", rows))
+    assert full["prompt"] == sanitized["prompt"] == "One.\nYour code should pass these tests:\nassert f() == 1"
+    assert full["tests"].strip() == "assert f() == 1" and sanitized["tests"].strip() == "import math\nassert f() == 1"
 
 
 # infer_codegen.py
@@ -275,7 +313,7 @@ def test_infer_with_tests_ends_with_1_when_no_sample_passes(run, tiny, tmp_path)
 
 def test_infer_with_tests_prints_the_first_that_passes(here, tiny, tmp_path):
     tests = tmp_path / "test_any.py"
-    tests.write_text("pass\n")
+    tests.write_text("assert True\n")
     command = ["infer_codegen.py", "--model_dir", tiny, "--prompt", "x", "--n", "4", *SMALL, "--tests", tests, "--json"]
     r = here(*command)
     verdicts = [line for line in r.stderr.splitlines() if line.startswith("sample ")]
@@ -310,7 +348,7 @@ def test_infer_batch(here, tiny, jsonl, tmp_path):
         ([], "expected --prompt TEXT, or --input FILE with --output FILE"),
         (["--prompt", "x", "--input", "y"], "expected --prompt TEXT, or --input"),
         (["--prompt", "x", "--tests", "missing.py"], "missing.py: no such file"),
-        (["--prompt", "x", "--n", "3", "--temperature", "0"], "expected more than 0"),
+        (["--prompt", "x", "--n", "3", "--temperature", "0"], "expected 0.01 to 100"),
     ],
 )
 def test_infer_bad_arguments(here, arguments, message):
@@ -325,6 +363,11 @@ def test_infer_tests_that_do_not_parse(run, tmp_path):
     r = run("infer_codegen.py", "--model_dir", "never_loaded", "--prompt", "x", "--tests", tests)
     assert r.returncode == 2
     assert "t.py:2: tests: expected Python with asserts" in r.stderr
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "x", "tests": "assert ("}\n')
+    r = run("infer_codegen.py", "--model_dir", "never_loaded", "--input", rows, "--output", tmp_path / "out.jsonl")
+    assert r.returncode == 2
+    assert "rows.jsonl: task 1:1: tests: expected Python with asserts" in r.stderr
 
 
 def test_infer_prompt_over_the_context(here, tiny):
