@@ -23,10 +23,10 @@ $(MARK):
 
 demo: setup
 	$(PY) creditmix_prepare.py --src data/creditmix_dataset.json --outdir data
-	@echo "== train a fresh adapter on 768 rows: enough to see learning, not to be good"
+	@echo "== train a fresh adapter on 640 rows: enough to see learning, not to be good"
 	@rm -rf runs/demo_sft
 	$(PY) sft_train.py --student smollm2-135m --data data/creditmix_sft.jsonl --save_dir runs/demo_sft \
-	  --lr 1e-3 --batch_size 8 --max_steps 96 --eval_steps 48 --dev_rows 60
+	  --lr 1e-3 --batch_size 8 --max_steps 80 --eval_steps 40 --dev_rows 60
 	@echo "== classify one row with the shipped adapter"
 	$(PY) infer_creditmix.py --model_dir runs/smollm2_sft --features "$(ROW)"
 	@echo "== base, fresh adapter (runs/demo_sft) and shipped adapter (runs/smollm2_sft) on the same held-out rows"
