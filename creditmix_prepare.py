@@ -127,9 +127,11 @@ def balance(place, rows, labels, seed, n=None):
         raise UserError(f"{place}: class {smallest!r} has {have} rows; expected at least {n or 1}")
     for same in by_class.values():
         same.sort(key=lambda r: unit_hash(f"balance:{seed}", row_key(r)))
-        seen = Counter()
-        turn = [seen.update([r["group"]]) or seen[r["group"]] for r in same]
-        same[:] = [r for _, r in sorted(zip(turn, same, strict=True), key=lambda pair: pair[0])]
+        seen, turns = Counter(), []
+        for r in same:
+            seen[r["group"]] += 1
+            turns.append(seen[r["group"]])
+        same[:] = [same[i] for i in np.argsort(turns, kind="stable")]
     return [r for label in labels for r in by_class[label][: n or have]]
 
 

@@ -47,9 +47,10 @@ def main(args):
     for i, row in enumerate(rows, 1):
         if row["chosen"] == row["rejected"]:
             raise UserError(f"{args.data}: row {i}: fields 'chosen' and 'rejected' are equal; expected two answers")
-    if args.init_adapter and adapter_base(args.init_adapter) != args.student:
-        raise UserError(f"{args.init_adapter}: trained on {adapter_base(args.init_adapter)}; expected {args.student}")
-    if args.init_adapter:  # it goes on with the rank that it has
+    if args.init_adapter:
+        if (base := adapter_base(args.init_adapter)) != args.student:
+            raise UserError(f"{args.init_adapter}: trained on {base}; expected {args.student}")
+        # it goes on with the rank that it has
         args.lora_r = read_json(args.init_adapter / "adapter_config.json").get("r", args.lora_r)
     train, dev = split_for(args, rows)
     train, passes = noisy_copies(args, train, "prompt", "chosen", task)

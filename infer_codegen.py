@@ -25,7 +25,6 @@ from common import (
     between,
     check_row,
     cli,
-    file_sha256,
     load_model,
     prompt_ids,
     read_rows,
@@ -33,6 +32,7 @@ from common import (
     sha256,
     write_jsonl,
 )
+from distill.adapters import adapter_sha256
 from distill.codegen_sandbox import describe_isolation, run_many
 
 PLAN_TOKENS = 160  # a plan is a few lines; what is longer rambles
@@ -128,7 +128,7 @@ def parse_tests(text, place):
     """Text of asserts, run only in the sandbox; UserError where it is no Python or nothing in it can fail."""
     try:
         tree = ast.parse(text)
-        compile(text, str(place), "exec")  # finds a `return` outside a function, too
+        compile(tree, str(place), "exec")  # finds a `return` outside a function, too
     except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
         line = f":{e.lineno}" if isinstance(e, SyntaxError) else ""
         raise UserError(f"{place}{line}: tests: expected Python with asserts: {getattr(e, 'msg', e)}") from None
@@ -219,8 +219,7 @@ def sample_to_file(model, tokenizer, name, prompts, path, args, desc):
     from tqdm import tqdm
 
     names = ("plan_then_code", "n", "temperature", "seed", "max_new_tokens", "batch_size")
-    weights = Path(name) / "adapter_model.safetensors"  # an adapter that was trained again is another model
-    head = {"model": str(name), "adapter": file_sha256(weights) if weights.is_file() else None}
+    head = {"model": str(name), "adapter": adapter_sha256(name)}
     head |= {n: getattr(args, n) for n in names} | {"prompts": sha256(json.dumps(prompts))}
     plan = (PLAN_TOKENS + 32) * args.plan_then_code  # a plan may come back from text as a few tokens more
     ask = [code_prompt(p, "" if plan else None) for p in prompts]

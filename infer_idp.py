@@ -22,7 +22,6 @@ from tqdm import tqdm
 from common import (
     UserError,
     cli,
-    file_sha256,
     harmless,
     load_model,
     positive,
@@ -33,6 +32,7 @@ from common import (
     row_hash,
     write_jsonl,
 )
+from distill.adapters import adapter_sha256
 from distill.idp_decode import Constraint, SchemaLogitsProcessor, Vocabulary, check_schema, validator
 
 MAX_CHARS = 200_000  # of one document: about 100 pages; more is a mistake in the call rather than a document
@@ -160,6 +160,7 @@ def merge(one, two):
 
 def pieces_of(document, schema, tokenizer, context, max_new_tokens):
     """The document, or its overlapping pieces where prompt and answer would exceed the model's context."""
+    document = harmless(tokenizer, document)  # first: it changes how many tokens there are
     frame = len(prompt_ids(tokenizer, [idp_prompt(schema, "")])[0])
     room = context - frame - max_new_tokens - 16  # a piece may take some tokens more inside the prompt
     if room < 64:
@@ -178,7 +179,6 @@ def extract(model, tokenizer, documents, schema, constraint, max_new_tokens, bat
     Errors: UserError where generate_valid finds none, or where the pieces of a document are not valid together.
     """
     judge = validator(schema)
-    documents = [harmless(tokenizer, d) for d in documents]  # first: it changes how many tokens they have
     context = model.config.max_position_embeddings
     pieces = [(i, p) for i, d in enumerate(documents) for p in pieces_of(d, schema, tokenizer, context, max_new_tokens)]
     values = []
@@ -234,8 +234,7 @@ def read_documents(args):
 
 def result_keys(args, schema, documents):
     """By which a stopped run knows its results again: model (an adapter's weights too), schema, budget, document."""
-    weights = Path(args.model_dir) / "adapter_model.safetensors"
-    about = [args.model_dir, file_sha256(weights) if weights.is_file() else None, schema, args.max_new_tokens]
+    about = [args.model_dir, adapter_sha256(args.model_dir), schema, args.max_new_tokens]
     return [row_hash(compact([*about, d])) for d in documents]
 
 

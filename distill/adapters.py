@@ -4,7 +4,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from distill.files import UserError, check_row, read_json
+from distill.files import UserError, check_row, file_sha256, read_json
+
+
+def adapter_sha256(name):
+    """Of the weights of an adapter folder, by which one that was trained again is another model; None of a base."""
+    weights = Path(name) / "adapter_model.safetensors"
+    return file_sha256(weights) if weights.is_file() else None
 
 
 def adapter_base(folder):

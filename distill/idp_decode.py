@@ -48,8 +48,8 @@ NARROWER = {
     "date-time": [NOT_YEAR_0, REAL_DAY, f"^.{{11}}{NOT_SECOND_60}"],
     "time": [f"^{NOT_SECOND_60}"],
 }
-# llguidance reads \d and \w as ASCII, Python's re as Unicode: what their negations match differs
 CLASS = r"\[\^?\]?(?:\\.|[^\]\\])*\]"
+# llguidance reads \d and \w as ASCII, Python's re as Unicode: what their negations match differs
 NEGATED_CLASS = re.compile(r"\\[DW]|\[\^(?:\\.|[^\]\\])*?\\[dw]")
 ASCII_OR_NO_WORD = r"^(?:[\x00-\x7F]|[^\p{L}\p{N}])*$"
 
