@@ -316,7 +316,7 @@ class LabelScorer:
 
         self.model, self.tokenizer, self.labels = model, tokenizer, tuple(labels)
         self.trie = label_trie(tokenizer, self.labels)
-        self.head, self._heads = [], {}
+        self.head, self._heads, self._stack = [], {}, None
         self.trees, self.window = takes_trees(model), window(model.config.get_text_config())
         if self.trees and len(set(head_prompts)) > 1:
             ids = prompt_ids(tokenizer, head_prompts)
@@ -326,7 +326,7 @@ class LabelScorer:
     def score(self, prompts, adapters=None, progress=False):
         """Length-normalised log-likelihoods, float array [N, L], of user messages (list[str]).
 
-        adapters: one adapter name a prompt ("__base__" for none), rows of one batch may differ (PEFT adapter_names).
+        adapters: one adapter name a prompt ("__base__" for none), rows of one batch may differ.
         Error: UserError for a prompt longer than the model's context.
         """
         import numpy as np
@@ -384,9 +384,20 @@ class LabelScorer:
         keep = torch.tensor([s[0] + len(row) - 1 for s, row in zip(starts, rows, strict=True)])
         batch["logits_to_keep"] = keep[:, None] + torch.arange(1 + len(self.trie.nodes))
         batch = {k: v.to(self.model.device) for k, v in batch.items()}
-        if adapters:
-            batch["adapter_names"] = adapters
-        return self.model(**batch, past_key_values=cache, use_cache=cache is not None).logits
+        return self._forward(adapters, **batch, past_key_values=cache, use_cache=cache is not None).logits
+
+    def _forward(self, adapters, **batch):
+        """The model's output, row i with adapters[i]; without names with the adapter that is on."""
+        from distill.stacked import StackedAdapters, stackable
+
+        if not adapters:
+            return self.model(**batch)
+        if self._stack is None:
+            self._stack = StackedAdapters(self.model) if stackable(self.model) else False
+        if not self._stack:  # DoRA, embeddings and the like: PEFT's way, slower
+            return self.model(**batch, adapter_names=adapters)
+        with self._stack.rows(adapters):
+            return self.model.get_base_model()(**batch)
 
     def logits_apart(self, rows, adapters=None):
         """As logits, for a model that takes no tree mask: each prompt again in front of each node of the trie."""
@@ -397,10 +408,11 @@ class LabelScorer:
             paths.append([*paths[parent + 1], *ids])
         texts = [row + path for row in rows for path in paths]
         batch = self.tokenizer.pad({"input_ids": texts}, padding=True, padding_side="right", return_tensors="pt")
-        if adapters:
-            batch["adapter_names"] = [a for a in adapters for _ in paths]
+        names = [a for a in adapters for _ in paths] if adapters else None
         last = torch.tensor([len(text) - 1 for text in texts])
-        logits = self.model(**batch.to(self.model.device), use_cache=False).logits[torch.arange(len(texts)), last]
+        logits = self._forward(names, **batch.to(self.model.device), use_cache=False).logits[
+            torch.arange(len(texts)), last
+        ]
         return logits.view(len(rows), len(paths), -1)
 
     def _head_cache(self, adapters):
@@ -410,16 +422,18 @@ class LabelScorer:
 
         for name in set(adapters) - set(self._heads):
             ids = torch.tensor([self.head], device=self.model.device)
-            names = {"adapter_names": [name]} if name else {}
-            cache = self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **names).past_key_values
+            names = [name] if name else None
+            cache = self._forward(names, input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
             self._heads[name] = [(layer.keys, layer.values) for layer in cache.layers]
         if len(set(adapters)) == 1:
             one = self._heads[adapters[0]]
             return DynamicCache(
                 [(k.expand(len(adapters), *k.shape[1:]), v.expand(len(adapters), *v.shape[1:])) for k, v in one]
             )
-        layers = zip(*(self._heads[a] for a in adapters), strict=True)
-        return DynamicCache([tuple(torch.cat(kv) for kv in zip(*rows, strict=True)) for rows in layers])
+        own = list(dict.fromkeys(adapters))
+        rows = torch.tensor([own.index(a) for a in adapters], device=self.model.device)
+        layers = zip(*(self._heads[a] for a in own), strict=True)
+        return DynamicCache([tuple(torch.cat(kv)[rows] for kv in zip(*each, strict=True)) for each in layers])
 
     def prior(self, task):
         """The model's leaning without content [L]: the mean score of the task's content-free prompts."""

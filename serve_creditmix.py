@@ -54,7 +54,8 @@ MAX_LIST = 256  # rows of one list request
 MAX_BODY = 256 * 1024
 BODY_SECONDS = 5  # for a client to send its body
 MAX_ROWS = 128  # of one batch; batches are also cut where the scorer would cut them
-WAIT = 0.003  # seconds that a lone row waits for company
+WAIT = 0.003  # seconds without a new row after which a batch starts, or WAIT_SHARE of the last pass if rows keep coming
+WAIT_SHARE = 0.25
 EXAMPLE = (
     "Age: 23.0, Occupation: Scientist, Annual Income: 19114.12, Outstanding Debt: 809.98, "
     "Credit Utilization Ratio: 35.03, Payment Behaviour: Low_spent_Small_value_payments"
@@ -154,6 +155,7 @@ class Engine:
         self.status, self.failure = "loading", ""
         self.queue = queue.Queue()  # of rows, bounded by admit(), and of commands, which always get in
         self.computing, self.seconds_per_row = 0, 0.0  # rows in the forward pass; a running mean
+        self.last_pass = 0.0  # seconds
         self._carried = None  # was taken from the queue and belongs to the next batch
         self._generation = itertools.count(1)
         QUEUED.set_function(self.queue.qsize)
@@ -262,12 +264,14 @@ class Engine:
             self.lanes[name] = self._take(name, folder, adapter)
         except Exception as e:  # whatever a broken folder makes the libraries raise
             self._forget(adapter)
+            self._renew_scorer()  # adapters are computed side by side: NaN in one would spread
             if old.state != "ready":
                 state = "broken" if (folder / "adapter_config.json").is_file() else "missing"
                 self.lanes[name] = Lane(state, one_line(e))
             raise UserError(one_line(e)) from e
         if old.state == "ready":
             self._forget(old.adapter)
+            self._renew_scorer()
 
     def _take(self, name, folder, adapter):
         base, task, shown = self.config.base, self.config.task, relative(folder)
@@ -323,10 +327,13 @@ class Engine:
         self._score(prompts, [lane.adapter for lane in ready for _ in lane.task.null_inputs])
 
     def _collect(self):
-        """Rows of the next forward pass in order of arrival; it ends in front of a command."""
+        """Rows of the next forward pass in order of arrival; it ends in front of a command.
+
+        Clients that were just answered come back one by one: who starts without them has half of them in each pass.
+        """
         batch, longest, taken = [], 0, self._carried or self.queue.get()
         self._carried = None
-        until = taken.arrived + WAIT if isinstance(taken, Row) else 0.0
+        until = time.monotonic() + max(WAIT, WAIT_SHARE * self.last_pass)
         while isinstance(taken, Row):
             if not taken.future.done():  # else its client left or its deadline passed
                 longest = max(longest, taken.tokens)
@@ -334,7 +341,7 @@ class Engine:
                     break
                 batch.append(taken)
             try:
-                taken = self.queue.get(timeout=max(0.0, until - time.monotonic()))
+                taken = self.queue.get(timeout=max(0.0, min(WAIT, until - time.monotonic())))
             except queue.Empty:
                 return batch
         self._carried = taken
@@ -353,8 +360,8 @@ class Engine:
             log("batch failed", rows=len(batch), detail=one_line(e))
             found = [HTTPException(500, "the model failed; the server's log says why")] * len(batch)
         BATCH.observe(len(batch))
-        seconds_per_row = (time.monotonic() - started) / len(batch)
-        self.seconds_per_row += 0.2 * (seconds_per_row - self.seconds_per_row)
+        self.last_pass = time.monotonic() - started
+        self.seconds_per_row += 0.2 * (self.last_pass / len(batch) - self.seconds_per_row)
         self.computing = 0
         self.loop.call_soon_threadsafe(deliver, batch, found)
 

@@ -38,8 +38,12 @@ class Server:
             self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stdout or err, stderr=err)
 
     def __enter__(self):
-        if self.ready:
-            self.wait()
+        try:
+            if self.ready:
+                self.wait()
+        except BaseException:  # `with` does not leave a block that it did not enter
+            self.process.kill()
+            raise
         return self
 
     def __exit__(self, *error):
