@@ -140,28 +140,32 @@ def summarise(results, gold, groups):
     table = np.array([[c.get(p, [0, 0, 0]) for p in paths] for c in counts], float)  # documents, fields, 3
     weights = resampled(groups)
     drawn = np.einsum("wd,dfc->wfc", weights, table)
-    precision, recall, f1 = f1_scores(table.sum(0))
-    drawn_f1 = f1_scores(drawn)[2]
+    scores, drawn_scores = f1_scores(table.sum(0)), f1_scores(drawn)  # precision, recall, F1
     valid = [r["valid"] for r in results]
     exact = [r["valid"] and all(a == p == g for a, p, g in c.values()) for r, c in zip(results, counts, strict=True)]
-    texts = {p: [] for p in paths if "[]" not in p}
-    for r, g in zip(results, gold, strict=True):
+    texts = {p: np.zeros((len(gold), 2)) for p in paths if "[]" not in p}  # documents: similarity, 1 where text
+    for i, (r, g) in enumerate(zip(results, gold, strict=True)):
         have = dict(leaves(r["value"]))
         for p, v in leaves(g):
             if p in texts and isinstance(v, str) and canonical(v)[0] == "text":
-                texts[p].append(edit_similarity(str(have.get(p) or ""), v))
+                texts[p][i] += edit_similarity(str(have.get(p) or ""), v), 1
     fields = {}
     for i, p in enumerate(paths):
-        row = {"precision": precision[i], "recall": recall[i], "f1": f1[i]}
-        fields[p] = {k: round(float(v), 4) for k, v in row.items()} | {"ci95": interval(drawn_f1[:, i]), "n": stated[p]}
-        if texts.get(p):
-            fields[p]["edit_similarity"] = round(float(np.mean(texts[p])), 4)
+        fields[p] = {"n": stated[p]}
+        for k, value, values in zip(("precision", "recall", "f1"), scores, drawn_scores, strict=True):
+            fields[p] |= {k: round(float(value[i]), 4), f"{k}_ci95": interval(values[:, i])}
+        if p in texts and texts[p].any():
+            similar, n = texts[p].sum(0)
+            values = weights @ texts[p]
+            values = values[values[:, 1] > 0]  # a sample without this text says nothing
+            fields[p]["edit_similarity"] = round(float(similar / n), 4)
+            fields[p]["edit_similarity_ci95"] = interval(values[:, 0] / values[:, 1])
     micro = f1_scores(table.sum((0, 1)))[2]
     return {
         "n": len(gold),
         "valid": with_interval(np.mean(valid), weights, valid),
         "exact_match": with_interval(np.mean(exact), weights, exact),
-        "macro_f1": {"value": round(float(f1.mean()), 4), "ci95": interval(drawn_f1.mean(1))},
+        "macro_f1": {"value": round(float(scores[2].mean()), 4), "ci95": interval(drawn_scores[2].mean(1))},
         "micro_f1": {"value": round(float(micro), 4), "ci95": interval(f1_scores(drawn.sum(1))[2])},
         "fields": fields,
     }
@@ -248,7 +252,7 @@ def picture(report, path):
     width = 0.8 / len(systems)
     for k, (name, r) in enumerate(systems.items()):
         f1 = np.array([r["fields"][p]["f1"] for p in paths])
-        low, high = np.array([r["fields"][p]["ci95"] for p in paths]).T
+        low, high = np.array([r["fields"][p]["f1_ci95"] for p in paths]).T
         error = np.maximum([f1 - low, high - f1], 0)
         ax.bar(np.arange(len(paths)) + k * width, f1, width, yerr=error, capsize=2, label=name)
     ax.set_xticks(np.arange(len(paths)) + 0.4 - width / 2, paths, rotation=20)

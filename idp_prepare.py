@@ -124,7 +124,12 @@ def synthetic_row(t, rng):
         return text.translate(str.maketrans(",.", ".,")) if t["comma"] else text
 
     printed_date = day.strftime(t["date_format"]).replace("month", MONTHS[day.month - 1])
-    header = [gold["company"], t["street"]] if gold["company"] else [t["street"]]
+    bad_scan = rng.random() < 0.15  # misread in text fields too, and the gold is what was printed
+
+    def scanned(text):
+        return ocr_noise(text, rng, rate=0.05) if bad_scan else text
+
+    header = [scanned(gold["company"]), t["street"]] if gold["company"] else [t["street"]]
     header += [words[t["type"]] + (f" {words['number']} {gold['number']}" if gold["number"] else "")]
     header += [f"{words['date']}: {printed_date}"] if gold["date"] else []
     if rng.random() < 0.3:
@@ -134,14 +139,15 @@ def synthetic_row(t, rng):
     if t["paid_line"] and gold["total"]:
         cash = float(-(-gold["total"] // 10) * 10)
         sums += [("CASH", cash), ("CHANGE", round(cash - gold["total"], 2))]
-    lines = [*header, *item_lines(t, gold["items"], words, money)]
+    items = [{**i, "description": scanned(i["description"])} for i in gold["items"]]
+    lines = [*header, *item_lines(t, items, words, money)]
     lines += [f"{label}{rng.choice([': ', ' ', '  ....  '])}{sign} {money(x)}".rstrip() for label, x in sums]
     lines.append(ocr_noise(words["thanks"], rng))
     if rng.random() < 0.3:
         lines.insert(len(header), ocr_noise("-" * rng.randint(8, 30), rng))
     text = "\n".join(re.sub(" +", lambda m: m[0] + " " * (rng.random() < 0.05), line) for line in lines)
     text = text.upper() if t["upper"] else text
-    if t["upper"]:  # the gold is what the document states, letter for letter
+    if t["upper"]:  # the gold has the document's case
         gold["company"] = gold["company"] and gold["company"].upper()
         gold["number"] = gold["number"] and gold["number"].upper()
         gold["items"] = [{**i, "description": i["description"].upper()} for i in gold["items"]]
@@ -164,7 +170,7 @@ def item_lines(t, items, words, money):
 
 
 def ocr_noise(text, rng, rate=0.15):
-    """Confused and lost characters, in text that carries no field: the gold stays readable."""
+    """Confused and lost characters; not for numbers and dates, whose right value no reader could tell."""
     confused = {"O": "0", "o": "c", "l": "1", "i": "l", "e": "c", "a": "o", "n": "ri", "-": "_", "u": "v", "r": ""}
     return "".join(confused.get(c, c) if rng.random() < rate else c for c in text)
 

@@ -8,7 +8,7 @@ On a CPU, with the embedded student untrained:
     python infer_idp.py --model_dir smollm2-135m --schema data/sroie_schema.json --document "ACME LTD  TOTAL 5.00"
 
 A result is printed only after Draft202012Validator, formats included, has passed it. A document longer than the model's
-context is read in overlapping pieces; `merge` states how their results become one.
+context is read in overlapping pieces; `merge` and `shorten_lists` state how their results become one.
 """
 
 import argparse
@@ -158,6 +158,28 @@ def merge(one, two):
     return two if one is None or one == "" else one
 
 
+def shorten_lists(value, judge):
+    """Cut the lists that pieces made longer than their maxItems, in place; what was left out, a message a list.
+
+    Of equal items the later ones go first, as far as needed, then what stands last in the document: as in a document
+    read at once, where the schema ends a list.
+    """
+    messages, errors = [], list(judge.iter_errors(value))
+    for error in errors:
+        errors += error.context  # of the branches of an anyOf, as a list that may be null has
+        items, most = error.instance, error.validator_value
+        if error.validator != "maxItems" or len(items) <= most:
+            continue
+        texts = [compact(v) for v in items]
+        repeats = [i for i, text in enumerate(texts) if text in texts[:i]][-(len(items) - most) :]
+        messages.append(
+            f"{error.json_path}: {len(items) - most} of {len(items)} items left out, {len(repeats)} of them repeats; "
+            f"the schema's maxItems is {most}"
+        )
+        items[:] = [v for i, v in enumerate(items) if i not in repeats][:most]
+    return messages
+
+
 def pieces_of(document, schema, tokenizer, context, max_new_tokens):
     """The document, or its overlapping pieces where prompt and answer would exceed the model's context."""
     document = harmless(tokenizer, document)  # first: it changes how many tokens there are
@@ -173,8 +195,8 @@ def pieces_of(document, schema, tokenizer, context, max_new_tokens):
     return split_document(document, tokenizer, room)
 
 
-def extract(model, tokenizer, documents, schema, constraint, max_new_tokens, batch_size=8):
-    """One valid value a document: list[str] -> list.
+def extract(model, tokenizer, documents, schema, constraint, max_new_tokens, batch_size=8, first=1):
+    """One valid value a document: list[str] -> list. first: the number of documents[0] in messages.
 
     Errors: UserError where generate_valid finds none, or where the pieces of a document are not valid together.
     """
@@ -188,10 +210,13 @@ def extract(model, tokenizer, documents, schema, constraint, max_new_tokens, bat
     results = {}
     for (i, _), value in zip(pieces, values, strict=True):
         results[i] = merge(results[i], value) if i in results else value
-        error = next(judge.iter_errors(results[i]), None)
+    for i, value in results.items():
+        for message in shorten_lists(value, judge):
+            print(f"WARNING: document {first + i}: {message}", file=sys.stderr)
+        error = next(judge.iter_errors(value), None)
         if error:
             raise UserError(
-                f"document {i + 1}: its pieces together are not valid: {error.json_path}: {error.message[:99]}"
+                f"document {first + i}: its pieces together are not valid: {error.json_path}: {error.message[:99]}"
             )
     return [results[i] for i in range(len(documents))]
 
@@ -247,7 +272,7 @@ def write_results(model, tokenizer, documents, schema, constraint, args):
         done = []  # of another model, schema or input
     for at in tqdm(range(len(done), len(documents), args.batch_size), desc="documents", unit="batch"):
         batch = documents[at : at + args.batch_size]
-        values = extract(model, tokenizer, batch, schema, constraint, args.max_new_tokens, args.batch_size)
+        values = extract(model, tokenizer, batch, schema, constraint, args.max_new_tokens, args.batch_size, at + 1)
         done += [{"line": at + i + 1, "key": keys[at + i], "output": v} for i, v in enumerate(values)]
         write_jsonl(part, done)
     write_jsonl(args.output, [{"line": r["line"], "output": r["output"]} for r in done])

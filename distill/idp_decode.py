@@ -10,6 +10,7 @@ that cannot be enforced is refused by name. Nothing here needs a model; tests/be
 """
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -48,6 +49,7 @@ NARROWER = {
     "date-time": [NOT_YEAR_0, REAL_DAY, f"^.{{11}}{NOT_SECOND_60}"],
     "time": [f"^{NOT_SECOND_60}"],
 }
+NUMBER = re.compile(rb"-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?")
 CLASS = r"\[\^?\]?(?:\\.|[^\]\\])*\]"
 # llguidance reads \d and \w as ASCII, Python's re as Unicode: what their negations match differs
 NEGATED_CLASS = re.compile(r"\\[DW]|\[\^(?:\\.|[^\]\\])*?\\[dw]")
@@ -232,9 +234,24 @@ class Vocabulary:
         return cls(table, one('"'), closers, list(dict.fromkeys(runs + singles)))
 
 
+def unescaped(text):
+    """The text (bytes) without what is escaped: an odd number of quotes left is an open string."""
+    return re.sub(rb"\\.", b"", text)
+
+
+def too_large(text, begin):
+    """Whether a number that text[begin:] writes or goes on with is infinite as a float (1e999, 400 digits).
+
+    It is JSON and the grammar lets it pass, but Python reads it as infinity, which no JSON can be printed from.
+    """
+    first = len(text[:begin].rstrip(b"+-.0123456789eE"))
+    found = [m for m in NUMBER.finditer(text, first) if math.isinf(float(m[0]))]
+    return any(unescaped(text[: m.start()]).count(b'"') % 2 == 0 for m in found)
+
+
 def closer(state, text, vocab):
     """One token that ends what is open in this state behind `text`, as a list; [] where none does."""
-    plain = re.sub(rb"\\.", b"", text)  # without escapes, an odd number of quotes is an open string
+    plain = unescaped(text)
     if plain.endswith(b"\\"):
         return []
     tokens = [vocab.quote] if plain.count(b'"') % 2 else vocab.closers
@@ -364,7 +381,8 @@ class SchemaLogitsProcessor(LogitsProcessor):
                 row.done = True
                 return end
             way = self.way_after(row, token)
-            if way is not None and len(way) < row.left:
+            text = row.text + self.vocab.table.decode_bytes([token])
+            if way is not None and len(way) < row.left and not too_large(text, len(row.text)):
                 break
         else:
             if not row.closing:

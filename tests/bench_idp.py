@@ -4,12 +4,18 @@
     python tests/bench_idp.py json_schemas.jsonl.gz --model_dir smollm2-135m  and the cost inside generate()
 
 Random logits choose any token that the schema allows, so they reach what no model writes. Every accepted schema is
-decoded at budgets from its minimum up; "invalid" counts outputs that do not parse or do not pass the validator.
+decoded at budgets from its minimum up. "Invalid" counts what the decoder wrote and infer_idp.py would not print
+(parse_valid: JSON, numbers finite, the validator with formats): before it generates again, so the bar is 0.
+
+All accepted schemas with the model (an hour of one CPU core; the model goes to a GPU where there is one):
+
+    OMP_NUM_THREADS=1 nice -n 19 python tests/bench_idp.py json_schemas.jsonl.gz --model_dir smollm2-135m --every 1
 """
 
 import argparse
 import gzip
 import json
+import random
 import re
 import sys
 import time
@@ -18,15 +24,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jsonschema import Draft202012Validator
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import UserError, cli, load_model, prompt_ids
+from common import ROOT, UserError, cli, load_model, prompt_ids
 from distill.embedded import EMBEDDED, embedded_student
-from distill.idp_decode import Constraint, SchemaLogitsProcessor, Vocabulary, check_schema
+from distill.idp_decode import Constraint, SchemaLogitsProcessor, Vocabulary, check_schema, validator
+from infer_idp import parse_valid
 
 BUDGETS = {"min": 0, "min+1": 1, "min+3": 3, "min+16": 16, "min+64": 64, "min+256": 256}
+LONGEST = 256  # tokens that the model writes at most: a schema must leave min+16 below it
+DOCUMENTS = ROOT / "data" / "idp_corpus.jsonl"  # whose beginnings the model is prompted with
 
 
 def read_schemas(path):
@@ -50,14 +58,15 @@ def random_documents(constraint, rows, budget, rng, bias):
 
 
 def is_valid(judge, text):
+    """Whether the product takes these bytes as they are; where not, it generates again, and here they count."""
     try:
-        return judge.is_valid(json.loads(text.decode()))
-    except ValueError:
+        return parse_valid(text.decode(), judge)[1] is None
+    except UnicodeDecodeError:
         return False
 
 
 def bench_random(schemas, vocab, seed):
-    """Random logits over every schema and budget: ([(constraint, validator)] of the accepted, invalid outputs)."""
+    """Random logits over every schema and budget: ([(number, constraint, judge)] accepted, invalid outputs)."""
     rng = np.random.default_rng(seed)
     tokens = [vocab.table.decode_bytes([t]) for t in range(vocab.table.vocab_size)]
     bias = torch.tensor([3.0 if re.fullmatch(rb'[\[\]{}":,0-9.\-]+|true|false|null', t) else 0.0 for t in tokens])
@@ -71,8 +80,8 @@ def bench_random(schemas, vocab, seed):
             refused[named[1] if named else str(e)[:60]] += 1
             continue
         compile_s.append(time.perf_counter() - start)
-        judge = Draft202012Validator(schema, format_checker=Draft202012Validator.FORMAT_CHECKER)
-        accepted.append((constraint, judge))
+        judge = validator(schema)
+        accepted.append((i, constraint, judge))
         for name, more in BUDGETS.items():
             for text in random_documents(constraint, 2, len(constraint.min_closing) + more, rng, bias):
                 outputs[name] += 1
@@ -91,37 +100,69 @@ def bench_random(schemas, vocab, seed):
     return accepted, sum(invalid.values())
 
 
-def bench_generate(accepted, model, tokenizer, rows=4, budget=96):
-    """Share of the generation time that mask and completion rule take, by schema; returns the invalid outputs."""
-    prompt = prompt_ids(tokenizer, ["Write a JSON document."])[0]
-    ids = torch.tensor([prompt] * rows, device=model.device)
-    shares, invalid = [], 0
-    for constraint, judge in tqdm(accepted, desc="generate"):
-        processor = SchemaLogitsProcessor(constraint, rows, budget + len(constraint.min_closing))
+def model_budgets(least):
+    """The budgets of one batch, from the minimum up to about twice it."""
+    return [least, least + 1, least + 4, least + 16, min(max(2 * least, 48), LONGEST)]
+
+
+def bench_generate(accepted, model, tokenizer, seed):
+    """The model over schemas: validity, and the share of the time that mask and completion take; invalid outputs.
+
+    The rows of a batch have other documents and other budgets; half of them are greedy, half sampled.
+    """
+    documents = [json.loads(line)["document"][:40] for line in DOCUMENTS.read_text("utf-8").splitlines()]
+    rng = random.Random(seed)
+    shares, outputs, invalid, tokens, seconds, too_long = [], 0, 0, 0, 0.0, []
+    for i, constraint, judge in accepted:
+        least = len(constraint.min_closing)
+        if least + 16 > LONGEST:
+            too_long.append(i)
+            continue
+        budgets = model_budgets(least)
+        n = len(budgets)
+        processors = [SchemaLogitsProcessor(constraint, n, max(budgets), temperature) for temperature in (0.0, 1.0)]
+        for processor in processors:
+            for row, budget in zip(processor.rows, budgets, strict=True):
+                row.left = budget
         spent = []
 
-        def timed(input_ids, scores, processor=processor, spent=spent):
+        def timed(input_ids, scores, processors=processors, spent=spent, n=n):
             start = time.perf_counter()
-            scores = processor(input_ids, scores)
+            greedy, sampled = processors
+            scores = torch.cat([greedy(input_ids[:n], scores[:n]), sampled(input_ids[n:], scores[n:])])
             spent.append(time.perf_counter() - start)
             return scores
 
+        prompts = [f"Answer in JSON.\n\n{d}" for d in rng.sample(documents, 2 * n)]
+        batch = tokenizer.pad({"input_ids": prompt_ids(tokenizer, prompts)}, padding_side="left", return_tensors="pt")
+        torch.manual_seed(seed + i)
         start = time.perf_counter()
         model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=budget + len(constraint.min_closing),
+            **batch.to(model.device),
+            max_new_tokens=max(budgets),
             do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
             eos_token_id=constraint.vocab.table.eos_token,
             pad_token_id=tokenizer.pad_token_id,
             logits_processor=[timed],
         )
-        shares.append(sum(spent) / (time.perf_counter() - start))
-        invalid += sum(not is_valid(judge, row.text) for row in processor.rows)
+        took = time.perf_counter() - start
+        rows = [row for processor in processors for row in processor.rows]
+        wrong = [row.text for row in rows if row.left < 0 or not is_valid(judge, row.text)]
+        shares.append(sum(spent) / took)
+        tokens += sum(budget - row.left for row, budget in zip(rows, budgets * 2, strict=True))
+        outputs, invalid, seconds = outputs + len(rows), invalid + len(wrong), seconds + took
+        print(f"schema {i}: shortest {least} tokens, {outputs} outputs so far, {invalid} invalid, ", end="")
+        print(f"mask + completion {shares[-1]:.1%} of {took:.1f} s", flush=True)
+        for text in wrong:
+            print(f"invalid: schema {i}: ...{text[-160:]}", flush=True)
     p50, p90 = np.percentile(shares, [50, 90])
-    print(f"mask + completion, share of generation time, {rows} rows, {len(shares)} schemas: ", end="")
-    print(f"median {p50:.1%}, p90 {p90:.1%}, max {max(shares):.1%}; {model.config.name_or_path} on {model.device}")
-    print(f"outputs of the model {rows * len(shares)}, invalid {invalid}")
+    print(f"mask + completion, share of generation time, {len(rows)} rows, {len(shares)} schemas: ", end="")
+    print(f"median {p50:.1%}, p90 {p90:.1%}, max {max(shares):.1%}; {tokens / seconds:.0f} tokens/s")
+    print(f"schemas whose shortest document leaves no 16 of {LONGEST} tokens, not run: {too_long or 'none'}")
+    print(f"{model.config.name_or_path} on {model.device}: outputs {outputs}, invalid {invalid}")
     return invalid
 
 
@@ -138,15 +179,15 @@ def main(args):
         n_vocab = len(tokenizer)
     accepted, invalid = bench_random(schemas, Vocabulary.of(tokenizer, n_vocab), args.seed)
     if args.model_dir:
-        invalid += bench_generate(accepted[:: args.every], model, tokenizer)
+        invalid += bench_generate(accepted[:: args.every], model, tokenizer, args.seed)
     sys.exit(1 if invalid else 0)
 
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("schemas", help='JSONL or JSONL.gz with rows {"schema": ...}')
-    p.add_argument("--model_dir", help=f"also time generate() with this model, for example {EMBEDDED} (default: none)")
-    p.add_argument("--every", type=int, default=10, help="time every n-th accepted schema (default 10: some minutes)")
+    p.add_argument("--model_dir", help=f"also run generate() with this model, for example {EMBEDDED} (default: none)")
+    p.add_argument("--every", type=int, default=10, help="the model on every n-th accepted one (default 10: minutes)")
     p.add_argument("--limit", type=int, help="only the first n schemas (default: all)")
-    p.add_argument("--seed", type=int, default=0, help="of the random logits (default 0)")
+    p.add_argument("--seed", type=int, default=0, help="of random logits, documents and sampling (default 0)")
     cli(main, p.parse_args())
