@@ -1,7 +1,8 @@
 """What batching gives: 64 clients over four models against one request at a time, and against the offline scorer.
 
     python tests/bench_serve.py                                    CPU or GPU, the embedded student
-    python tests/bench_serve.py --base Qwen/Qwen2.5-3B-Instruct --rows 8192
+    python tests/random_model.py 3b runs/random-3b                 random weights in the shape of Qwen2.5-3B
+    MAX_VRAM_GB=4 python tests/bench_serve.py --base runs/random-3b --rows 256 --rounds 1
 
 Bars (issue 5): every answer equals the single-request answer to 1e-3 (fp32; bf16 differs with the batch's shape),
 at least 0.85x the offline scorer on the same rows, at least 1.2x one at a time on a CPU and 8x on a GPU. Rounds
@@ -21,7 +22,7 @@ import numpy as np
 from serving import ROOT, Server, rows
 
 sys.path.insert(0, str(ROOT))
-from common import EMBEDDED, LabelScorer, Task, add_adapter, cli, load_base
+from common import EMBEDDED, LabelScorer, Task, add_adapter, base_config, cli, load_base
 
 MODELS = ("base", "sft", "kd", "dpo")
 
@@ -42,24 +43,25 @@ def main(args):
         env |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"), "DEADLINE": 600}  # slow CPUs: 2 rows/s
         with Server(home, BASE_MODEL=args.base, **env) as server:
             first = [timed(server.infer, *asked[0])[1] for _ in range(20)]
-            times, worst = {"offline": [], "served": [], "single": []}, 0.0
+            times, worst, passes = {"offline": [], "served": [], "single": []}, 0.0, np.zeros(2)
             for i in range(args.rounds):
                 share = asked[i * 64 % args.rows :][:64]
                 seconds, alone = one_at_a_time(server, share)
                 times["single"].append(seconds / len(share))
                 times["offline"].append(timed(scorer.score, prompts, names)[1] / args.rows)
+                passes -= batches(server)
                 seconds, found = at_once(server, asked, args.clients)
+                passes += batches(server)
                 times["served"].append(seconds / args.rows)
                 for got, want in zip(found[i * 64 % args.rows :], alone, strict=False):
                     worst = max(worst, *(abs(got["scores"][label] - want["scores"][label]) for label in task.labels))
             peak = server.metric("serve_gpu_peak_bytes") / 2**30
-            calls = server.metric("serve_batch_rows_count"), server.metric("serve_batch_rows_sum")
     scored, served, single = (1 / np.median(seconds) for seconds in times.values())
     print(f"{args.base}, {model.precision} on {model.device}, {args.rows} rows, {args.clients} clients, 4 models")
     print(f"one at a time {single:.1f} rows/s, served {served:.1f} rows/s, offline scorer {scored:.1f} rows/s")
     print(f"served / one at a time {served / single:.2f}x, served / offline {served / scored:.2f}x")
     print(f"largest difference of a score from the single request's: {worst:.1e} over {64 * args.rounds} rows")
-    print(f"rows a forward pass, all phases: {calls[1] / calls[0]:.1f}")
+    print(f"rows a forward pass: {passes[1] / passes[0]:.1f}")
     print(f"GPU memory of the server at its peak: {peak:.2f} GiB reserved" if peak else "no GPU")
     print(f"first request {1000 * first[0]:.0f} ms, median of the next 19 {1000 * np.median(first[1:]):.0f} ms")
 
@@ -67,24 +69,33 @@ def main(args):
 def adapters(base, task, home):
     """name -> adapter folder: the shipped ones of the embedded student, else random weights of the same shape."""
     import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
 
     shipped = {name: ROOT / "runs" / f"smollm2_{name}" for name in MODELS[1:]}
     if base == EMBEDDED and all((folder / "adapter_config.json").is_file() for folder in shipped.values()):
         return shipped
     print("adapters with random weights")
-    model, _ = load_base(base)
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM"))
-    model.peft_config["default"].base_model_name_or_path = base
+    with torch.device("meta"):  # the shapes are enough, a 3B need not be loaded for them
+        model = AutoModelForCausalLM.from_config(base_config(base)[1])
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        config = LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM")
+        config.base_model_name_or_path = base
+        model = get_peft_model(model, config)
+    shapes = {name: tensor.shape for name, tensor in get_peft_model_state_dict(model).items()}
+    torch.manual_seed(0)
     for name in MODELS[1:]:
-        torch.manual_seed(len(name) + ord(name[0]))
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data.normal_(0, 0.02)
-        model.save_pretrained(home / name)
+        config.save_pretrained(home / name)
+        weights = {k: 0.02 * torch.randn(shape) for k, shape in shapes.items()}
+        save_file(weights, home / name / "adapter_model.safetensors")
         task.save(home / name / "task.json")
     return {name: home / name for name in MODELS[1:]}
+
+
+def batches(server):
+    """Forward passes of the server so far, and rows in them."""
+    return np.array([server.metric("serve_batch_rows_count"), server.metric("serve_batch_rows_sum")])
 
 
 def timed(function, *args):

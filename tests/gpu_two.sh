@@ -5,27 +5,7 @@ set -uo pipefail
 out=$1; mkdir -p "$out/data"
 export OMP_NUM_THREADS=4 HF_HUB_OFFLINE=1 TQDM_MININTERVAL=20
 python creditmix_prepare.py --src data/creditmix_dataset.json --outdir "$out/data" > "$out/prepare.log" || exit 1
-python - "$out" <<'PY' || exit 1
-import sys
-import torch
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
-from distill.embedded import embedded_student
-
-tokenizer = AutoTokenizer.from_pretrained(embedded_student())
-device = "cuda" if torch.cuda.is_available() else "cpu"
-for name, hidden, inner, layers, heads in (("1.5b", 1536, 8960, 28, 12), ("3b", 2048, 11008, 36, 16)):
-    config = Qwen2Config(
-        vocab_size=151936, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=2, tie_word_embeddings=True,
-        bos_token_id=1, eos_token_id=2, pad_token_id=2,
-    )
-    with torch.device(device):
-        model = Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(f"{sys.argv[1]}/{name}")
-    tokenizer.save_pretrained(f"{sys.argv[1]}/{name}")
-    print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e9:.2f}e9 random weights", flush=True)
-    del model
-PY
+for shape in 1.5b 3b; do python tests/random_model.py $shape "$out/$shape" || exit 1; done
 train="sft_train.py --data $out/data/creditmix_sft.jsonl --dev_rows 8 --eval_steps 1000"
 measure() {  # NAME COMMAND...: its samples/s, seconds and peak from run.json, or the end of its log
   local name=$1; shift
