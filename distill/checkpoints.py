@@ -5,7 +5,8 @@ import shutil
 import zipfile
 from pathlib import Path
 
-from distill.files import UserError, check_row, file_sha256, read_json, write_json
+from distill.adapters import adapter_sha256
+from distill.files import UserError, check_row, file_sha256, read_json, task_file, write_json
 from distill.report import run_record
 
 # what a resumed run may have otherwise; everything else must be the same, so that a new flag is never forgotten
@@ -20,8 +21,12 @@ def may_start(args, route):
     """
     now = {"route": route, "student": args.student, "data_sha256": file_sha256(args.data)}
     now |= {k: str(v) for k, v in vars(args).items() if k not in FREE}
-    if getattr(args, "init_adapter", None):
-        now["init_adapter_sha256"] = file_sha256(args.init_adapter / "adapter_model.safetensors")
+    # what flags name may have changed behind the name
+    if task_file(args).is_file():
+        now["task_sha256"] = file_sha256(task_file(args))
+    for name in ("init_adapter", "teacher"):
+        if getattr(args, name, None) and (sha256 := adapter_sha256(getattr(args, name))):
+            now[f"{name}_sha256"] = sha256
     checkpoints = checkpoints_in(args.save_dir)
     if not args.resume_from_checkpoint:
         if any((p / "trainer_state.json").is_file() for p in checkpoints):

@@ -168,6 +168,11 @@ def check_row(place, row, fields, optional):
             raise UserError(f"{place}: field '{name}': half a character (a lone surrogate); expected text")
 
 
+def task_file(args):
+    """Path of the label task of training rows, there or not: --task, else NAME_task.json beside NAME_sft.jsonl."""
+    return args.task or Path(args.data).with_name(Path(args.data).stem.rsplit("_", 1)[0] + "_task.json")
+
+
 def sha256(text):
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -32,6 +32,7 @@ from common import (
     unit_hash,
     write_json,
 )
+from distill.files import task_file
 from distill.hardware import cap_memory, choose_precision
 from distill.report import draw_curve, run_record, step_line, write_card
 
@@ -47,10 +48,10 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 def read_training_rows(args, fields, answer, optional=None):
     """Rows of args.data and the label task they belong to, or None for free text.
 
-    The task file is --task, else NAME_task.json beside NAME_sft.jsonl (_kd, _dpo). Error: an answer that is no label.
+    Error: UserError for an answer that is no label.
     """
     rows = read_rows(args.data, fields, {"group": str, **(optional or {})})
-    path = args.task or Path(args.data).with_name(Path(args.data).stem.rsplit("_", 1)[0] + "_task.json")
+    path = task_file(args)
     if not args.task and not path.is_file():
         print(f"no {path}: free text, so no label scores and no calibration")
         return rows, None

@@ -1,10 +1,12 @@
 """The three trainers as a user runs them, on a tiny random student, and their losses by hand."""
 
+import argparse
 import json
 import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -145,6 +147,22 @@ def test_stopped_and_resumed_is_the_run_that_was_not_stopped(run, tiny, data, tm
     expected = load_file(tmp_path / "whole" / "adapter_model.safetensors")
     found = load_file(tmp_path / "parts" / "adapter_model.safetensors")
     assert all(torch.equal(expected[k], found[k]) for k in expected)
+
+
+def test_a_run_is_told_by_what_its_flags_name(data, tiny_adapter, tmp_path):
+    from distill.checkpoints import may_start
+
+    teacher, here = tmp_path / "teacher", tmp_path / "creditmix_sft.jsonl"
+    shutil.copytree(tiny_adapter("sft"), teacher)
+    for name in ("creditmix_sft.jsonl", "creditmix_task.json"):
+        shutil.copy(data / name, tmp_path)
+    flags = {"student": "x", "data": here, "task": None, "save_dir": tmp_path / "a", "resume_from_checkpoint": None}
+    args = argparse.Namespace(**flags, teacher=str(teacher))
+    first = may_start(args, "kd")
+    (tmp_path / "creditmix_task.json").write_text((data / "creditmix_task.json").read_text() + " ")
+    (teacher / "adapter_model.safetensors").write_bytes(b"trained again")
+    second = may_start(args, "kd")
+    assert {k for k in first if first[k] != second[k]} == {"task_sha256", "teacher_sha256"}
 
 
 def test_sigterm_saves_too(tiny, data, tmp_path):
