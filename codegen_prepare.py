@@ -5,7 +5,7 @@
     python codegen_prepare.py --limit 10 --out_dir runs/try                                                    # CPU
 
 A corpus is JSONL of {"prompt", "solution", "tests", "plan"?} or MBPP's {"text", "code", "test_list"}. A teacher file
-is what `infer_codegen.py --input CORPUS --output FILE --n 4` of a larger model wrote.
+is what `infer_codegen.py --input CORPUS --output FILE --n 4 [--plan_then_code]` of a larger model wrote.
 """
 
 import argparse
@@ -100,9 +100,12 @@ def ngrams(items, n):
     return {tuple(items[i : i + n]) for i in range(len(items) - n + 1)}
 
 
-def overlaps(a, b):
-    shared = len(a & b)
-    return shared >= SHARED and shared / min(len(a), len(b)) >= OVERLAP
+def overlaps(task, problem):
+    """Whether a task's n-grams resemble a problem's. A problem too short to share SHARED must be in the task whole."""
+    shared = len(task & problem)
+    if len(problem) < SHARED:
+        return 0 < shared == len(problem)
+    return shared >= SHARED and shared / min(len(task), len(problem)) >= OVERLAP
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -121,32 +124,36 @@ def sft_rows(tasks):
     return rows
 
 
+def kd_row(task, plan, code):
+    """The plan, where there is one, is said before the code; with a fence in it, it would be taken for the code."""
+    plan = "" if not plan or "```" in plan else f"{plan.strip()}\n\n"
+    return {"input": code_prompt(task["prompt"]), "teacher_output": plan + fenced(code), "group": task["task_id"]}
+
+
 def own_outputs(tasks):
-    """KD rows without a teacher's file: the corpus is the teacher, and says its plan before the code."""
-    rows = []
-    for task in tasks:
-        output = "\n\n".join(filter(None, [task.get("plan"), fenced(task["solution"])]))
-        rows.append({"input": code_prompt(task["prompt"]), "teacher_output": output, "group": task["task_id"]})
-    return rows
+    """KD rows without a teacher's file: the corpus is the teacher."""
+    return [kd_row(task, task.get("plan"), task["solution"]) for task in tasks]
 
 
 def teacher_outputs(path, tasks, dropped):
-    """KD rows {"input", "teacher_output", "group"} from a teacher's different samples that pass the task's tests."""
+    """KD rows {"input", "teacher_output", "group"} from a teacher's different samples that pass the task's tests.
+
+    A sample brings its own plan (infer_codegen.py --plan_then_code) or none: the corpus' may be of another solution.
+    """
     by_prompt = {task["prompt"]: task for task in tasks}
-    samples = {}
-    for row in read_rows(path, {"prompt": str}, {"code": str}):
+    plans = {}
+    for row in read_rows(path, {"prompt": str}, {"code": str, "plan": str}):
         if row["prompt"] not in by_prompt or not row.get("code"):
             dropped["teacher: no code, or no such task"] += 1
         else:
-            samples[row["prompt"], row["code"].strip()] = None  # a dictionary keeps the order and drops repetitions
-    verdicts = run_many([(code, by_prompt[prompt]["tests"]) for prompt, code in samples], desc="teacher")
+            plans.setdefault((row["prompt"], row["code"].strip()), row.get("plan"))  # repeated code: its first plan
+    verdicts = run_many([(code, by_prompt[prompt]["tests"]) for prompt, code in plans], desc="teacher")
     rows = []
-    for (prompt, code), verdict in zip(samples, verdicts, strict=True):
-        if verdict["kind"] != "passed":
+    for ((prompt, code), plan), verdict in zip(plans.items(), verdicts, strict=True):
+        if verdict["kind"] == "passed":
+            rows.append(kd_row(by_prompt[prompt], plan, code))
+        else:
             dropped[f"teacher fails: {verdict['kind']}"] += 1
-            continue
-        group = by_prompt[prompt]["task_id"]
-        rows.append({"input": code_prompt(prompt), "teacher_output": fenced(code), "group": group})
     if not rows:
         raise UserError(f"{path}: no sample passes the tests of the corpus; expected samples for its prompts")
     return rows

@@ -224,11 +224,13 @@ def check_models(names):
 
 
 def load_model(name_or_dir, precision="auto"):
-    """(model, tokenizer) of a hub id, a local folder, the embedded student, or an adapter folder on its base."""
-    if not (Path(name_or_dir) / "adapter_config.json").is_file():
-        return load_base(name_or_dir, precision)
-    model, tokenizer = load_base(adapter_base(name_or_dir), precision)
-    return add_adapter(model, name_or_dir), tokenizer
+    """(model, tokenizer), to answer, of a hub id, local folder, the embedded student, or an adapter on its base."""
+    from distill.fused import fuse_norms
+
+    adapter = (Path(name_or_dir) / "adapter_config.json").is_file()
+    model, tokenizer = load_base(adapter_base(name_or_dir) if adapter else name_or_dir, precision)
+    fuse_norms(model)
+    return add_adapter(model, name_or_dir) if adapter else model, tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------------------------

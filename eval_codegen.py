@@ -167,20 +167,17 @@ def evaluate(model, tokenizer, name, mode, problems, args):
 
 
 def summary(rows, args):
-    """pass@k with intervals, failure kinds and cost of one model in one mode."""
+    """pass@k and syntax errors with intervals, failure kinds and cost of one model in one mode."""
     n, passed = np.array([r["n"] for r in rows]), np.array([r["passed"] for r in rows])
     samples = [s for r in rows for s in r["samples"] if "verdict" in s]
     kinds = sum((Counter(r["kinds"]) for r in rows), Counter())
-    result = {}
-    for k in sorted(set(args.k)):
-        scores = pass_at_k(n, passed, k)
-        result[f"pass@{k}"] = {"value": float(scores.mean()), "interval_95": bootstrap(scores, args.seed)}
+    scores = {f"pass@{k}": pass_at_k(n, passed, k) for k in sorted(set(args.k))}
+    scores["syntax_errors"] = np.array([r["kinds"]["syntax"] / r["n"] for r in rows])
     return {
-        **result,
+        **{name: {"value": float(x.mean()), "interval_95": bootstrap(x, args.seed)} for name, x in scores.items()},
         "problems": len(rows),
         "samples": int(n.sum()),
         "kinds": {kind: kinds[kind] for kind in (*KINDS, OVER) if kinds[kind] or kind in KINDS},
-        "syntax_error_rate": kinds["syntax"] / int(n.sum()),
         "tokens_per_sample": round(float(np.mean([s["tokens"] for s in samples])), 1) if samples else None,
         "seconds_per_sample": round(float(np.mean([s["seconds"] for s in samples])), 3) if samples else None,
     }
@@ -208,15 +205,15 @@ def bootstrap(scores, seed):
 
 
 def print_table(results, args):
-    ks = [f"pass@{k}" for k in sorted(set(args.k))]
-    print(f"{'model':32} {'mode':7}" + "".join(f"{k:>22}" for k in ks) + "  syntax  wrong  timeout  exception")
+    names = [f"pass@{k}" for k in sorted(set(args.k))] + ["syntax_errors"]
+    print(f"{'model':32} {'mode':7}" + "".join(f"{name:>22}" for name in names) + "   wrong  timeout  exception")
     for r in results:
-        cells = [f"{r[k]['value']:.3f} [{r[k]['interval_95'][0]:.3f}, {r[k]['interval_95'][1]:.3f}]" for k in ks]
-        share = [r["kinds"][kind] / r["samples"] for kind in KINDS[1:]]
+        cells = [f"{r[k]['value']:.3f} [{r[k]['interval_95'][0]:.3f}, {r[k]['interval_95'][1]:.3f}]" for k in names]
+        share = [r["kinds"][kind] / r["samples"] for kind in KINDS[2:]]
         print(
             f"{r['model'][-32:]:32} {r['mode']:7}"
             + "".join(f"{c:>22}" for c in cells)
-            + "  {:6.1%} {:6.1%}  {:7.1%}  {:9.1%}".format(*share)
+            + "  {:6.1%}  {:7.1%}  {:9.1%}".format(*share)
         )
 
 

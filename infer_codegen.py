@@ -6,8 +6,8 @@
     python infer_codegen.py --model_dir smollm2-135m --prompt "Write add(a, b)." --max_new_tokens 40       # CPU
     python infer_codegen.py --model_dir runs/codegen_sft --input requests.jsonl --output code.jsonl --n 10  # batches
 
-Only code goes to standard output when that is a pipe; the rest (plan, sandbox, verdicts) goes to standard error.
-Exit code 1: --tests were given and no sample passes them.
+Only code goes to standard output, the rest (plan, sandbox, verdicts) to standard error; --json shows whole replies.
+Exit code 1: no reply holds code, or --tests were given and no sample passes them.
 """
 
 import argparse
@@ -15,7 +15,9 @@ import ast
 import json
 import re
 import sys
+import textwrap
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -36,6 +38,8 @@ from distill.adapters import adapter_sha256
 from distill.codegen_sandbox import describe_isolation, run_many
 
 PLAN_TOKENS = 160  # a plan is a few lines; what is longer rambles
+FENCE = r"^[ \t]*```"  # opens or closes a block; what follows an opening one has no further backtick
+DEFINITION = r"^\s*(?:async def|def|class) "
 
 
 def main(args):
@@ -43,7 +47,7 @@ def main(args):
     tests = parse_tests(read_text(args.tests), args.tests) if args.tests else None
     tasks = read_tasks(args.input) if args.input else [{"prompt": args.prompt}]
     for task in tasks:
-        if task.get("tests", "").strip():
+        if task.get("tests"):
             parse_tests(task["tests"], f"{args.input}: task {task['task_id']}")
     if tests is not None or any(t.get("tests") for t in tasks):
         print(describe_isolation(), file=sys.stderr)
@@ -78,14 +82,41 @@ def fenced(code):
 def extract_code(reply):
     """The code of a reply: its first fenced block with a definition, else its first block, else from its first line
     that looks like code, else all of it. A fence that is never closed ends with the reply."""
-    blocks = re.findall(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", reply, flags=re.DOTALL | re.MULTILINE)
+    blocks = re.findall(rf"{FENCE}[^\n`]*\n(.*?)(?:{FENCE}|\Z)", reply, flags=re.DOTALL | re.MULTILINE)
     for block in blocks:
-        if re.search(r"^\s*(?:async def|def|class) ", block, flags=re.MULTILINE):
+        if re.search(DEFINITION, block, flags=re.MULTILINE):
             return block.strip("\n")
     if blocks:
         return blocks[0].strip("\n")
     start = re.search(r"^(?:async def |def |class |import |from |@\w)", reply, flags=re.MULTILINE)
     return reply[start.start() if start else 0 :].strip("\n")
+
+
+def only_code(reply):
+    """extract_code() for a reader who wants nothing else: without prose behind code that has no fence, "" for prose.
+
+    A definition is code even if it is wrong or, by the limit of tokens, cut off in mid-line.
+    """
+    code = extract_code(reply)
+    if re.search(rf"{FENCE}[^\n`]*\n", reply, flags=re.MULTILINE):
+        return code
+    lines = code.split("\n")
+    end = next((n for n in range(len(lines), 0, -1) if does_something("\n".join(lines[:n]))), 0)
+    rest = "\n".join(lines[end:])
+    cut_off = end and re.match(r"[ \t]+\S", rest)
+    if cut_off or re.search(r"^(?:async def|def|class) \w+ *[(:]", rest, flags=re.MULTILINE):
+        return code
+    return "\n".join(lines[:end]).rstrip()
+
+
+def does_something(text):
+    """Whether text is Python that acts: a single word parses, too."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of escapes in strings
+            nodes = list(ast.walk(ast.parse(textwrap.dedent(text))))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return any(isinstance(n, ast.Call) or (isinstance(n, ast.stmt) and not isinstance(n, ast.Expr)) for n in nodes)
 
 
 def program(task, code):
@@ -110,6 +141,8 @@ def read_tasks(path):
             optional = {"code": str, "test_setup_code": str, "test_imports": list}
             check_row(place, row, {request: str, "test_list": list}, optional)
             asserts = "\n".join(map(str, row["test_list"]))
+            if not asserts.strip():
+                raise UserError(f"{place}: field 'test_list' is empty; expected asserts")
             setup = [row.get("test_setup_code") or "", *map(str, row.get("test_imports") or [])]
             task = {
                 "prompt": f"{row[request].strip()}\nYour code should pass these tests:\n{asserts}",
@@ -119,7 +152,8 @@ def read_tasks(path):
         else:
             check_row(place, row, {"prompt": str}, {"tests": (str, list), "solution": str, "plan": str})
             tests = row.get("tests") or ""
-            task = {**row, "tests": tests if isinstance(tests, str) else "\n".join(map(str, tests))}
+            tests = tests if isinstance(tests, str) else "\n".join(map(str, tests))
+            task = {**row, "tests": tests if tests.strip() else ""}
         tasks.append({"task_id": str(row.get("task_id", i)), **{k: v for k, v in task.items() if k != "task_id"}})
     return tasks
 
@@ -193,14 +227,18 @@ def room(model, max_new_tokens):
     return context - max_new_tokens
 
 
-def sample(model, tokenizer, prompts, args, streamer=None):
-    """One sample a prompt, in one batch: [{"plan", "code", "reply", "tokens", "seconds"}]; plan is None if direct."""
+def sample(model, tokenizer, prompts, args, streamers=(None, None)):
+    """One sample a prompt, in one batch: [{"plan", "code", "reply", "tokens", "seconds"}]; plan is None if direct.
+
+    streamers: of the plan and of the reply with the code.
+    """
     start, plans = time.perf_counter(), [(None, 0)] * len(prompts)
     if args.plan_then_code:
         messages = [plan_prompt(p) for p in prompts]
-        plans = reply_to(model, tokenizer, messages, min(PLAN_TOKENS, args.max_new_tokens), args.temperature, streamer)
+        most = min(PLAN_TOKENS, args.max_new_tokens)
+        plans = reply_to(model, tokenizer, messages, most, args.temperature, streamers[0])
     messages = [code_prompt(p, plan) for p, (plan, _) in zip(prompts, plans, strict=True)]
-    replies = reply_to(model, tokenizer, messages, args.max_new_tokens, args.temperature, streamer)
+    replies = reply_to(model, tokenizer, messages, args.max_new_tokens, args.temperature, streamers[1])
     seconds = round((time.perf_counter() - start) / len(prompts), 3)
     return [
         {"plan": plan, "code": extract_code(reply), "reply": reply, "tokens": used + n, "seconds": seconds}
@@ -286,44 +324,82 @@ def check_sampling(args):
 def answer(model, tokenizer, args, tests):
     """Samples for one prompt: all of them, or with tests the first that passes; exit code 1 when none does."""
     import torch
-    from transformers import TextStreamer
 
     torch.manual_seed(args.seed)
     stream = sys.stdout.isatty() and args.n == 1 and tests is None and not args.json
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
-    kinds, written = Counter(), 0
+    screen = Screen()
+    streamers = (streamer(tokenizer, screen.plan), streamer(tokenizer, screen.reply)) if stream else (None, None)
+    kinds, empty = Counter(), 0
     for start in range(0, args.n, args.batch_size):
-        rows = sample(model, tokenizer, [args.prompt] * min(args.batch_size, args.n - start), args, streamer)
+        rows = sample(model, tokenizer, [args.prompt] * min(args.batch_size, args.n - start), args, streamers)
         verdicts = run_many([(row["code"], tests) for row in rows]) if tests is not None else [None] * len(rows)
         for k, (row, verdict) in enumerate(zip(rows, verdicts, strict=True), start + 1):
             if verdict:
                 kinds[verdict["kind"]] += 1
                 print(f"sample {k}: {verdict['kind']} {verdict['detail']}".strip(), file=sys.stderr)
-            if verdict is None or verdict["kind"] == "passed":
-                if not stream:
-                    show(row, verdict, args, k)
-                written += bool(row["code"].strip())
-                if verdict:
-                    return
-    if tests is None and not written:
-        print("no code in the reply; expected a larger --max_new_tokens or another --seed", file=sys.stderr)
-        sys.exit(1)
+                if verdict["kind"] == "passed":
+                    return show(row, verdict, args, k)
+                continue
+            row["code"] = only_code(row["reply"])
+            empty += not row["code"].strip()
+            if not stream:
+                show(row, verdict, args, k)
+            elif not screen.shown and row["code"]:
+                print(row["code"])
     if tests is not None:
         print(f"no sample passes the tests: {dict(kinds)}", file=sys.stderr)
         sys.exit(1)
+    if empty:
+        told = "; expected a larger --max_new_tokens or another --seed (--json shows the reply)"
+        print(f"no code in {empty} of {args.n} replies{told}", file=sys.stderr)
+    if empty == args.n:
+        sys.exit(1)
+
+
+def streamer(tokenizer, take):
+    """A streamer that gives take(text, stream_end) the words as they come."""
+    from transformers import TextStreamer
+
+    made = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    made.on_finalized_text = take
+    return made
+
+
+class Screen:
+    """A terminal: the plan word by word, and line by line what extract_code() takes from a reply with fences.
+
+    A block is held back until it defines something, since the one that does is the code. What is not shown that way
+    (no fence, or no definition) is for the caller to print at the end.
+    """
+
+    def __init__(self):
+        self.line, self.held, self.fenced, self.shown, self.done = "", [], False, False, False
+
+    def plan(self, text, stream_end=False):
+        print(text, end="\n" * stream_end, file=sys.stderr, flush=True)
+
+    def reply(self, text, stream_end=False):
+        *lines, self.line = (self.line + text).split("\n")
+        for line in lines + [self.line] * stream_end:
+            if re.match(FENCE if self.fenced else f"{FENCE}[^`]*$", line):
+                self.fenced, self.held, self.done = not self.fenced, [], self.shown
+            elif self.fenced and not self.done:
+                self.held.append(line)
+                if self.shown or re.match(DEFINITION, line):
+                    print("\n".join(self.held), flush=True)
+                    self.held, self.shown = [], True
 
 
 def show(row, verdict, args, k):
     """One sample: code (or JSON) to standard output, the plan beside it to standard error."""
     if args.json:
-        fields = {name: row[name] for name in ("plan", "code", "tokens", "seconds")}
+        fields = {name: row[name] for name in ("plan", "code", "reply", "tokens", "seconds")}
         print(json.dumps({"prompt": args.prompt, **fields, **({"verdict": verdict} if verdict else {})}))
         return
     if row["plan"]:
         print(f"plan:\n{row['plan']}\n", file=sys.stderr)
-    if args.n > 1 and verdict is None:
-        print(f"# sample {k} of {args.n}")
-    print(row["code"], flush=True)
+    if row["code"]:
+        print(f"# sample {k} of {args.n}\n" * (args.n > 1 and verdict is None) + row["code"], flush=True)
 
 
 def write_batch(model, tokenizer, tasks, args):
@@ -368,7 +444,7 @@ if __name__ == "__main__":
     p.add_argument(
         "--tests", type=Path, help="file of asserts; prints the first sample that passes them in the sandbox"
     )
-    p.add_argument("--json", action="store_true", help="print plan, code, tokens and seconds as JSON, a line a sample")
+    p.add_argument("--json", action="store_true", help="print plan, code, reply, tokens and seconds, a line a sample")
     p.add_argument("--input", type=Path, help="JSONL of prompts (and tests), instead of --prompt")
     p.add_argument("--output", type=Path, help="JSONL of samples for --input; a stopped run goes on where it was")
     add_sampling_arguments(p)

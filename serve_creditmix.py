@@ -238,7 +238,7 @@ class Engine:
 
         if cap_memory(self.config.max_vram_gb):
             PEAK.set_function(torch.cuda.max_memory_reserved)
-        self.model, self.tokenizer = common.load_base(self.config.base)
+        self.model, self.tokenizer = common.load_model(self.config.base)
         # the scorer cuts batches at so many padded tokens; one collected here is then one forward pass
         self.budget = 2048 if self.model.device.type == "cpu" else 16384
         self._renew_scorer()

@@ -24,7 +24,8 @@ import time
 KINDS = ("passed", "syntax", "wrong answer", "timeout", "exception")
 TIMEOUT = 4  # CPU seconds; the wall limit is WALL_FACTOR times that, so that a busy machine does not change a verdict
 WALL_FACTOR = 3
-MEMORY = 512 << 20  # address space of a process; a sample that forks has it PROCESSES times
+MEMORY = 512 << 20  # address space of a process, and what all processes of a sample may hold together
+LOOK = 0.03  # seconds between two looks at that sum; a core can fill some 100 MB meanwhile
 FILE_SIZE = 16 << 20  # of one file; all files together fit a tmpfs of FILES where mounting is allowed
 FILES = 64 << 20
 PROCESSES = 16  # processes and threads
@@ -306,6 +307,8 @@ def describe_isolation():
     have += ["seccomp"] * filtered + ["rlimits"]
     lost = ["other processes are reachable"] * (not namespaces)
     lost += ["sockets are reachable"] * (not filtered)
+    known = os.path.exists(f"/proc/self/task/{os.getpid()}/children")
+    lost += ["memory is limited a process, not a sample"] * (namespaces and not known)
     lost += ["files the user may write or read are reachable"] * (not landlock)
     return "sandbox: " + ", ".join(have) + (f" (weak: {'; '.join(lost)})" if lost else "")
 
@@ -346,19 +349,23 @@ def run_once(code, tests, timeout, namespaces, landlock):
 
 
 def listen(child, said, deadline):
-    """Read both channels until they close, `deadline`, or OUTPUT bytes; `said` collects the verdict's.
+    """Read both channels until they close, `deadline`, OUTPUT bytes or MEMORY; `said` collects the verdict's.
 
     Returns (why it stopped early or "", the first bytes printed).
     """
     import selectors
 
-    printed, size = bytearray(), 0
+    printed, size, look = bytearray(), 0, time.monotonic() + LOOK
     with selectors.DefaultSelector() as channels:
         channels.register(child.stdout, selectors.EVENT_READ)
         channels.register(child.stderr, selectors.EVENT_READ)
         while channels.get_map():
-            ready = channels.select(max(deadline - time.monotonic(), 0))
-            if not ready:
+            ready = channels.select(max(min(deadline, look) - time.monotonic(), 0))
+            if time.monotonic() >= look:
+                if over_memory(child.pid):
+                    return "memory", printed
+                look = time.monotonic() + LOOK
+            if not ready and time.monotonic() >= deadline:
                 return "timeout", printed
             for key, _ in ready:
                 chunk = os.read(key.fd, 1 << 16)
@@ -372,6 +379,40 @@ def listen(child, said, deadline):
                 if size > OUTPUT:
                     return "output", printed
     return "", printed
+
+
+def over_memory(warden):
+    """Whether the processes below the warden hold more than MEMORY together, a sum that no rlimit knows.
+
+    Whatever a sample starts stays below its warden: the process namespace sees to it, and without one nothing starts.
+    """
+    from glob import glob
+
+    for exact in (False, True, True):  # twice: what a process shares counts again if it ends while the sum is taken
+        found = [warden]
+        for pid in found:  # grows meanwhile
+            found += [p for path in glob(f"/proc/{pid}/task/*/children") for p in of_process(path).split()]
+        if sum(memory_held(pid, exact) for pid in found[1:]) <= MEMORY:
+            return False
+    return True
+
+
+def memory_held(pid, exact):
+    """Bytes of a process, 0 when it is gone. exact: a page of k processes counts 1/k; takes the kernel longer."""
+    share = of_process(f"/proc/{pid}/smaps_rollup").partition("\nPss:")[2].split() if exact else []
+    if share:
+        return int(share[0]) << 10
+    pages = of_process(f"/proc/{pid}/statm").split()
+    return int(pages[1]) * resource.getpagesize() if pages else 0
+
+
+def of_process(path):
+    """Text of a file in /proc; "" when the process is gone or keeps it to itself."""
+    try:
+        with open(path) as f:
+            return f.read()
+    except OSError:
+        return ""
 
 
 def kill(child, said):
@@ -401,6 +442,8 @@ def verdict_of(nonce, said, stopped, returncode):
         return kind, detail
     if stopped == "output":
         return "exception", f"printed more than {OUTPUT >> 20} MiB"
+    if stopped == "memory":
+        return "exception", f"MemoryError: its processes hold more than {MEMORY >> 20} MiB together"
     if stopped == "timeout" or returncode == CPU_EXCEEDED:
         return "timeout", "wall time" if stopped else "CPU time"
     return "exception", "ended without a verdict" + " (killed or failed)" * bool(returncode)

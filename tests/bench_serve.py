@@ -22,7 +22,7 @@ import numpy as np
 from serving import ROOT, Server, rows
 
 sys.path.insert(0, str(ROOT))
-from common import EMBEDDED, LabelScorer, Task, add_adapter, base_config, cli, load_base
+from common import EMBEDDED, LabelScorer, Task, add_adapter, base_config, cli, load_model
 
 MODELS = ("base", "sft", "kd", "dpo")
 
@@ -31,7 +31,7 @@ def main(args):
     task = Task.load(ROOT / "data" / "creditmix_task.json")
     with tempfile.TemporaryDirectory() as home:
         folders = adapters(args.base, task, Path(home))
-        model, tokenizer = load_base(args.base)
+        model, tokenizer = load_model(args.base)
         for name in MODELS[1:]:
             model = add_adapter(model, folders[name], name)
         scorer = LabelScorer(model, tokenizer, task.labels, task.null_prompts())

@@ -65,7 +65,9 @@ def test_overlap_by_hand():
     a = code_grams("a b c d e f g h i j")  # 5 six-grams
     assert len(a) == 5
     assert overlaps(a, a)
-    assert not overlaps(a, code_grams("a b c d e f g h i"))  # 4 shared are too few
+    assert not overlaps(a, code_grams("a b c d e f g h i J"))  # 4 shared of 5 are too few
+    assert overlaps(a, code_grams("b c d e f g h i"))  # 3 shared are all that the problem has
+    assert not overlaps(a, code_grams("b c d e f g h I"))
     assert overlaps(a, code_grams("x y z a b c d e f g h i j k l m"))  # 5 of 5
     assert description_grams('def f():\n    """One two three four five. >>> f()"""') == {
         ("one", "two", "three", "four"),
@@ -82,6 +84,18 @@ def test_near_duplicates_of_humaneval_are_found():
     dropped = Counter()
     assert drop_near_duplicates([other_words, same_words, ADD], humaneval(), dropped) == [ADD]
     assert dropped == {"near-duplicate of HumanEval": 2}
+
+
+def test_every_humaneval_problem_is_found_under_another_name():
+    """Short ones too: `Return length of given string` has two 4-grams."""
+    renamed = []
+    for problem in humaneval():
+        name = re.search(r"check\((\w+)\)$", problem["tests"])[1]
+        stub = re.sub(rf"\b{name}(?=\()", "another", problem["stub"])
+        renamed.append({"prompt": re.sub(r"\s+", "  ", stub), "solution": "pass"})
+    dropped = Counter()
+    assert [row["prompt"] for row in drop_near_duplicates(renamed, humaneval(), dropped)] == []
+    assert dropped == {"near-duplicate of HumanEval": 164}
 
 
 # Mutations
@@ -217,18 +231,23 @@ def test_prepare_script(run, jsonl, tmp_path):
 def test_prepare_takes_what_a_teacher_wrote_and_the_sandbox_saw_pass(run, jsonl, tmp_path):
     good = "def add(a, b):\n    return sum((a, b))"
     samples = [
-        {"prompt": ADD["prompt"], "code": good},
-        {"prompt": ADD["prompt"], "code": good + "\n"},
+        {"prompt": ADD["prompt"], "code": good, "plan": "1. Sum both.\n"},
+        {"prompt": ADD["prompt"], "code": good + "\n", "plan": "1. Say it again."},
+        {"prompt": ADD["prompt"], "code": "def add(x, y):\n    return x + y", "plan": None},
+        {"prompt": ADD["prompt"], "code": "def add(x, y):\n    return y + x", "plan": "```python\ndef add(): pass"},
         {"prompt": ADD["prompt"], "code": "def add(a, b):\n    return 0"},
         {"prompt": ADD["prompt"], "error": "prompt over the context"},
         {"prompt": "another", "code": good},
     ]
-    corpus, teacher = jsonl("corpus.jsonl", [ADD]), jsonl("teacher.jsonl", samples)
+    corpus = jsonl("corpus.jsonl", [{**ADD, "plan": "1. Add."}])
+    teacher = jsonl("teacher.jsonl", samples)
     r = run("codegen_prepare.py", "--corpus", corpus, "--teacher", teacher, "--out_dir", tmp_path)
     assert r.returncode == 0, r.stderr
     assert "'teacher: no code, or no such task': 2, 'teacher fails: wrong answer': 1" in r.stdout
-    (row,) = map(json.loads, (tmp_path / "codegen_kd.jsonl").read_text().splitlines())
-    assert row["teacher_output"] == fenced(good)
+    rows = [json.loads(line) for line in (tmp_path / "codegen_kd.jsonl").read_text().splitlines()]
+    planned = f"1. Sum both.\n\n{fenced(good)}"  # the sample's own plan; without one none is borrowed from the corpus
+    bare = [fenced(f"def add(x, y):\n    return {sum}") for sum in ("x + y", "y + x")]
+    assert [row["teacher_output"] for row in rows] == [planned, *bare]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """eval_codegen.py and infer_codegen.py: pass@k by hand, the harness on known answers, the scripts on a tiny model."""
 
 import contextlib
+import io
 import json
 import os
 import runpy
@@ -13,10 +14,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import infer_codegen
 from common import ROOT, UserError, row_hash
 from distill.codegen_sandbox import run_sandboxed
 from eval_codegen import bootstrap, do_nothing, humaneval, pass_at_k
-from infer_codegen import code_prompt, parse_tests, program, read_samples, read_tasks
+from infer_codegen import Screen, code_prompt, extract_code, parse_tests, program, read_samples, read_tasks
 
 TASKS = [
     {"task_id": "a", "prompt": "Write one().", "solution": "def one():\n    return 1", "tests": "assert one() == 1"},
@@ -24,6 +26,8 @@ TASKS = [
 ]
 UNITTEST = "import unittest\nclass T(unittest.TestCase):\n    def test(self):\n        self.assertEqual(f(1), 1)\n"
 SMALL = ("--max_new_tokens", "6", "--batch_size", "2")
+ADD = ("--model_dir", "smollm2-135m", "--prompt", "Write a function add(a, b) that returns a + b.")  # it can do that
+FENCED = "Sure.\n```bash\npip install\n```\n```python\nimport os\n\ndef one():\n    return 1\n```\nNow\n```\none()\n```"
 
 
 def lines(path):
@@ -168,7 +172,13 @@ def test_eval_reports_resumes_and_counts_what_code_does(here, tiny, jsonl, tmp_p
     }
     assert first["pass@1"]["value"] == pytest.approx(1 / 9)
     assert first["pass@3"]["value"] == pytest.approx(1 / 3)
-    assert first["syntax_error_rate"] == pytest.approx(1 / 9)
+    assert first["syntax_errors"]["value"] == pytest.approx(1 / 9)
+    per_problem = {"pass@1": [1 / 3, 0, 0], "pass@3": [1, 0, 0], "syntax_errors": [0, 1 / 3, 0]}
+    header, row = r.stdout.splitlines()[1:3]
+    for name, scores in per_problem.items():
+        low, high = bootstrap(np.array(scores), report["args"]["seed"])
+        assert first[name]["interval_95"] == pytest.approx([low, high])
+        assert name in header and f"{np.mean(scores):.3f} [{low:.3f}, {high:.3f}]" in row
     by_task = {row["task_id"]: row for row in lines(next((tmp_path / "out").glob("*_direct.jsonl")))}
     assert by_task["a"]["passed"] == 1
     assert by_task["a"]["samples"][2]["verdict"]["detail"] == "printed more than 1 MiB"
@@ -269,25 +279,100 @@ def test_both_forms_of_mbpp(jsonl):
 # infer_codegen.py
 
 
-def test_infer_prints_only_code_when_piped(here, tiny):
+@pytest.fixture
+def says(monkeypatch, capsys):
+    """says([reply, ...], arguments) -> what infer_codegen.py does when the model says this: (code, stdout, stderr)."""
+
+    def start(replies, tests=None, **options):
+        args = SimpleNamespace(prompt="x", n=len(replies), batch_size=2, seed=1, json=False, **options)
+        left = [{"plan": None, "code": extract_code(r), "reply": r, "tokens": 1, "seconds": 0.1} for r in replies]
+        monkeypatch.setattr(infer_codegen, "sample", lambda model, tok, prompts, *_: [left.pop(0) for _ in prompts])
+        returncode = 0
+        try:
+            infer_codegen.answer(None, None, args, tests)
+        except SystemExit as e:
+            returncode = e.code
+        return returncode, *capsys.readouterr()
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("reply", "code"),
+    [
+        (FENCED, "import os\n\ndef one():\n    return 1"),
+        ("def one():\n    return 1\n\nIt returns 1.", "def one():\n    return 1"),
+        ("def one():\n    return (1 +", "def one():\n    return (1 +"),  # cut off by the limit of tokens
+        ("def one():\n    x = 1\n    return x +", "def one():\n    x = 1\n    return x +"),
+        ("Sure:\n```python\ndef one(", "def one("),
+        ("import os\ndef one() return 1", "import os\ndef one() return 1"),
+        ("print(1)", "print(1)"),
+        ("    return 1", "    return 1"),
+        ("I cannot.", ""),
+        ("Sure", ""),
+        ("from the list take one", ""),
+        ("```python", ""),
+        ("", ""),
+    ],
+)
+def test_infer_prints_only_code_when_piped(says, reply, code):
+    returncode, stdout, stderr = says([reply])
+    assert (returncode, stdout) == ((0, f"{code}\n") if code else (1, ""))
+    assert stderr.count("\n") == (not code) and ("no code in 1 of 1 replies" in stderr) == (not code)
+
+
+def test_infer_numbers_samples_and_leaves_out_those_without_code(says):
+    returncode, stdout, stderr = says(["x = f(1)", "I cannot.", "x = f(2)"])
+    assert (returncode, stdout) == (0, "# sample 1 of 3\nx = f(1)\n# sample 3 of 3\nx = f(2)\n")
+    assert "no code in 1 of 3 replies" in stderr
+
+
+def test_infer_prints_the_first_that_passes(says):
+    wrong, right, late = (f"```\ndef one():\n    return {x}\n```" for x in ("0", "1", "True"))
+    returncode, stdout, stderr = says([wrong, "I cannot.", right, late], tests="assert one() == 1")
+    assert (returncode, stdout) == (0, "def one():\n    return 1\n")
+    assert [line.split(" ")[2] for line in stderr.splitlines()] == ["wrong", "syntax", "passed"]
+
+
+def test_infer_prose_of_a_model(here, tiny):
+    """A random model says no code: nothing is printed, --json shows what it said."""
     r = here("infer_codegen.py", "--model_dir", tiny, "--prompt", "Write one().", "--plan_then_code", *SMALL)
-    assert r.returncode == (0 if r.stdout.strip() else 1), r.stderr  # a reply without code is told
-    assert "plan:" in r.stderr
-    assert "plan:" not in r.stdout
-    r = here("infer_codegen.py", "--model_dir", tiny, "--prompt", "Write one().", "--n", "3", "--json", *SMALL)
+    assert (r.returncode, r.stdout) == (1, "")
+    assert "no code in 1 of 1 replies" in r.stderr
+    command = ["infer_codegen.py", "--model_dir", tiny, "--prompt", "Write one().", "--n", "3", "--json", *SMALL]
+    r = here(*command)
     rows = [json.loads(line) for line in r.stdout.splitlines()]
-    assert len(rows) == 3
-    assert all(set(row) == {"prompt", "plan", "code", "tokens", "seconds"} for row in rows)
-    assert all(row["plan"] is None and 0 < row["tokens"] <= 6 for row in rows)
-    again = here("infer_codegen.py", "--model_dir", tiny, "--prompt", "Write one().", "--n", "3", "--json", *SMALL)
-    assert [json.loads(x)["code"] for x in again.stdout.splitlines()] == [row["code"] for row in rows]
+    assert r.returncode == 1 and len(rows) == 3
+    assert all(set(row) == {"prompt", "plan", "code", "reply", "tokens", "seconds"} for row in rows)
+    assert all(row["plan"] is None and 0 < row["tokens"] <= 6 and row["reply"] and not row["code"] for row in rows)
+    assert [json.loads(x)["reply"] for x in here(*command).stdout.splitlines()] == [row["reply"] for row in rows]
 
 
-def test_infer_streams_to_a_terminal(here, tiny):
-    """On a terminal the text grows token by token; the pieces arrive at different times and make up the reply."""
+@pytest.mark.parametrize("size", [1, 3, 1000])
+@pytest.mark.parametrize(
+    ("reply", "shown"),
+    [
+        (FENCED, "import os\n\ndef one():\n    return 1\n"),
+        (FENCED[: FENCED.index("n 1")], "import os\n\ndef one():\n    retur\n"),
+        ("```python\none()\n```\n", ""),  # the caller prints it at the end: a definition may have followed
+        ("I cannot.", ""),
+    ],
+)
+def test_screen_shows_code_alone(reply, shown, size):
+    screen = Screen()
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        for start in range(0, len(reply), size):
+            screen.reply(reply[start : start + size])
+        screen.reply("", stream_end=True)
+    assert out.getvalue() == shown
+    assert screen.shown == bool(shown)
+
+
+def test_infer_streams_to_a_terminal():
+    """The embedded student on a terminal: the lines of its code come at different times, no fence among them."""
     screen, end = os.openpty()
-    command = ["infer_codegen.py", "--model_dir", str(tiny), "--prompt", "Add two numbers.", "--max_new_tokens", "300"]
-    process = subprocess.Popen([sys.executable, ROOT / command[0], *command[1:]], stdout=end, stderr=subprocess.DEVNULL)
+    command = [sys.executable, ROOT / "infer_codegen.py", *ADD, "--max_new_tokens", "30"]
+    process = subprocess.Popen(command, stdout=end, stderr=subprocess.DEVNULL)
     os.close(end)
     pieces = []
     with contextlib.suppress(OSError):  # how a pseudo-terminal says that the other side is gone
@@ -295,10 +380,14 @@ def test_infer_streams_to_a_terminal(here, tiny):
             pieces.append((time.monotonic(), piece))
     os.close(screen)
     assert process.wait(timeout=60) == 0
-    assert len(pieces) > 5 and pieces[-1][0] > pieces[0][0]
-    shown = b"".join(piece for _, piece in pieces).decode(errors="ignore")
-    piped = here(*command).stdout
-    assert " ".join(piped.split())[:60] in " ".join(shown.split())
+    assert len(pieces) > 1 and pieces[-1][0] > pieces[0][0]
+    shown = b"".join(piece for _, piece in pieces).decode().replace("\r", "")
+    assert run_sandboxed(shown, "assert add(1, 2) == 3")["kind"] == "passed"
+
+
+def test_infer_prints_code_without_fences_at_the_end_to_a_terminal(says, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert says(["def one():\n    return 1"]) == (0, "def one():\n    return 1\n", "")
 
 
 def test_infer_with_tests_ends_with_1_when_no_sample_passes(run, tiny, tmp_path):
@@ -311,19 +400,14 @@ def test_infer_with_tests_ends_with_1_when_no_sample_passes(run, tiny, tmp_path)
     assert "no sample passes the tests: {" in r.stderr
 
 
-def test_infer_with_tests_prints_the_first_that_passes(here, tiny, tmp_path):
-    tests = tmp_path / "test_any.py"
-    tests.write_text("assert True\n")
-    command = ["infer_codegen.py", "--model_dir", tiny, "--prompt", "x", "--n", "4", *SMALL, "--tests", tests, "--json"]
-    r = here(*command)
-    verdicts = [line for line in r.stderr.splitlines() if line.startswith("sample ")]
-    assert verdicts
-    if r.returncode == 0:  # a random model may by chance say something that is Python
-        assert json.loads(r.stdout)["verdict"]["kind"] == "passed"
-        assert verdicts[-1].endswith("passed")
-    else:
-        assert r.returncode == 1
-        assert len(verdicts) == 4
+def test_infer_with_tests_prints_what_the_embedded_student_can_do(here, tmp_path):
+    tests = tmp_path / "test_add.py"
+    tests.write_text("assert add(1, 2) == 3\nassert add(-1, 1) == 0\n")
+    r = here("infer_codegen.py", *ADD, "--max_new_tokens", "30", "--tests", tests, "--json")
+    assert r.returncode == 0, r.stderr
+    assert "sample 1: passed" in r.stderr.splitlines()
+    row = json.loads(r.stdout)
+    assert row["verdict"]["kind"] == "passed" and row["code"].startswith("def add(") and "```" in row["reply"]
 
 
 def test_infer_batch(here, tiny, jsonl, tmp_path):
@@ -339,6 +423,15 @@ def test_infer_batch(here, tiny, jsonl, tmp_path):
     assert "6 samples for 3 prompts" in r.stderr
     assert "over the context: 2" in r.stderr
     assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("asserts", [[], ["  "]])
+def test_infer_refuses_mbpp_without_tests(here, jsonl, tmp_path, asserts):
+    rows = [{"text": "One.", "test_list": ["assert f()"]}, {"text": "Two.", "test_list": asserts}]
+    r = here("infer_codegen.py", "--model_dir", "x", "--input", jsonl("m.jsonl", rows), "--output", tmp_path / "o")
+    assert r.returncode == 2
+    assert r.stderr.endswith("m.jsonl: row 2: field 'test_list' is empty; expected asserts\n")
+    assert read_tasks(jsonl("n.jsonl", [{"prompt": "x", "tests": " "}]))[0]["tests"] == ""  # no tests were meant
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,27 @@ def test_sandbox_3_gb_allocation():
     assert run("x = []\nwhile True:\n    x.append(bytearray(1 << 20))\n")[1].startswith("MemoryError")
 
 
+FORKS = "import os, time\nfor _ in range({}):\n    if os.fork() == 0:\n        {}\n        os._exit(0)\n"
+
+
+@needs_namespaces
+@pytest.mark.parametrize("landlock", [True, False])
+def test_sandbox_memory_of_all_processes_together(landlock):
+    """Each is far below its own limit. Without namespaces nothing starts: test_sandbox_weaker_levels_still_judge."""
+    fill = FORKS.format(14, "os.setsid(); x = b'x' * (100 << 20); time.sleep(60)")
+    threaded = "import threading\ndef g():\n" + textwrap.indent(fill, "    ") + "threading.Thread(target=g).start()\n"
+    for code in (fill + "os.wait()\n", threaded + "import time\ntime.sleep(60)\n"):
+        verdict = codegen_sandbox.run_once(code, CHECK, 4, True, landlock and isolation()[1])
+        assert verdict["kind"] == "exception"
+        assert verdict["detail"] == "MemoryError: its processes hold more than 512 MiB together"
+
+
+@needs_namespaces
+def test_sandbox_memory_that_processes_share_counts_once():
+    code = "x = b'x' * (200 << 20)\n" + FORKS.format(8, "time.sleep(0.3)") + "for _ in range(8):\n    os.wait()\n"
+    assert run(code + DEFINES) == ("passed", "")
+
+
 def test_sandbox_1_gb_file():
     code = "with open('big', 'wb') as f:\n    for _ in range(1024):\n        f.write(bytes(1 << 20))\n"
     kind, detail = run(code + DEFINES)
