@@ -54,8 +54,8 @@ MAX_LIST = 256  # rows of one list request
 MAX_BODY = 256 * 1024
 BODY_SECONDS = 5  # for a client to send its body
 MAX_ROWS = 128  # of one batch; batches are also cut where the scorer would cut them
-WAIT = 0.003  # seconds without a new row after which a batch starts, or WAIT_SHARE of the last pass if rows keep coming
-WAIT_SHARE = 0.25
+WAIT = 0.003  # seconds that a lone row waits for company
+COME_BACK = 0.25  # of the last pass's time, behind it: for the clients that it answered
 EXAMPLE = (
     "Age: 23.0, Occupation: Scientist, Annual Income: 19114.12, Outstanding Debt: 809.98, "
     "Credit Utilization Ratio: 35.03, Payment Behaviour: Low_spent_Small_value_payments"
@@ -155,7 +155,7 @@ class Engine:
         self.status, self.failure = "loading", ""
         self.queue = queue.Queue()  # of rows, bounded by admit(), and of commands, which always get in
         self.computing, self.seconds_per_row = 0, 0.0  # rows in the forward pass; a running mean
-        self.last_pass = 0.0  # seconds
+        self.back, self.expected = 0.0, 0  # when answered clients should be back, and then so many rows wait
         self._carried = None  # was taken from the queue and belongs to the next batch
         self._generation = itertools.count(1)
         QUEUED.set_function(self.queue.qsize)
@@ -321,10 +321,15 @@ class Engine:
         return self._score(task.null_prompts(), [adapter] * len(task.null_inputs)).mean(0)
 
     def warm(self):
-        """Every model's head cache and one mixed batch: the first request then costs what the hundredth does."""
+        """Every model's head cache, one mixed batch and a row alone, for which a GPU loads other kernels.
+
+        The first request then costs what the hundredth does.
+        """
         ready = [lane for lane in self.lanes.values() if lane.state == "ready"]
         prompts = [p for lane in ready for p in lane.task.null_prompts()]
-        self._score(prompts, [lane.adapter for lane in ready for _ in lane.task.null_inputs])
+        names = [lane.adapter for lane in ready for _ in lane.task.null_inputs]
+        for rows in (len(prompts), 1):
+            self._score(prompts[:rows], names[:rows])
 
     def _collect(self):
         """Rows of the next forward pass in order of arrival; it ends in front of a command.
@@ -333,7 +338,7 @@ class Engine:
         """
         batch, longest, taken = [], 0, self._carried or self.queue.get()
         self._carried = None
-        until = time.monotonic() + max(WAIT, WAIT_SHARE * self.last_pass)
+        alone = taken.arrived + WAIT if isinstance(taken, Row) else 0.0
         while isinstance(taken, Row):
             if not taken.future.done():  # else its client left or its deadline passed
                 longest = max(longest, taken.tokens)
@@ -341,7 +346,8 @@ class Engine:
                     break
                 batch.append(taken)
             try:
-                taken = self.queue.get(timeout=max(0.0, min(WAIT, until - time.monotonic())))
+                until = max(alone, self.back if len(batch) < self.expected else 0.0)
+                taken = self.queue.get(timeout=max(0.0, until - time.monotonic()))
             except queue.Empty:
                 return batch
         self._carried = taken
@@ -360,8 +366,9 @@ class Engine:
             log("batch failed", rows=len(batch), detail=one_line(e))
             found = [HTTPException(500, "the model failed; the server's log says why")] * len(batch)
         BATCH.observe(len(batch))
-        self.last_pass = time.monotonic() - started
-        self.seconds_per_row += 0.2 * (self.last_pass / len(batch) - self.seconds_per_row)
+        now = time.monotonic()
+        self.back, self.expected = now + COME_BACK * (now - started), len(batch) + self.queue.qsize()
+        self.seconds_per_row += 0.2 * ((now - started) / len(batch) - self.seconds_per_row)
         self.computing = 0
         self.loop.call_soon_threadsafe(deliver, batch, found)
 

@@ -118,7 +118,7 @@ def at_once(server, asked, clients):
     def client(own):
         connection = server.connect(300)
         got = [server.infer(model, text, connection=connection) for model, text in own]
-        assert all(status == 200 for status, _, _ in got)
+        assert all(status == 200 for status, _, _ in got), next(a for a in got if a[0] != 200)[:2]
         return [answer for _, answer, _ in got]
 
     shares = [asked[i::clients] for i in range(clients)]
