@@ -16,9 +16,10 @@ from collections import Counter
 from pathlib import Path
 
 from common import ROOT, SEED, UserError, cli, read_rows, write_jsonl
+from distill.codegen_reply import fenced
 from distill.codegen_sandbox import TIMEOUT, describe_isolation, run_many
 from eval_codegen import humaneval
-from infer_codegen import code_prompt, fenced, parse_tests, plan_prompt, read_tasks
+from infer_codegen import code_prompt, parse_tests, plan_prompt, read_tasks
 
 WORDS, TOKENS = 4, 6  # n-gram lengths of descriptions and of code
 OVERLAP, SHARED = 0.4, 5  # a near-duplicate shares this part of the shorter side's n-grams, and at least so many

@@ -13,11 +13,8 @@ Exit code 1: no reply holds code, or --tests were given and no sample passes the
 import argparse
 import ast
 import json
-import re
 import sys
-import textwrap
 import time
-import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -35,11 +32,10 @@ from common import (
     write_jsonl,
 )
 from distill.adapters import adapter_sha256
+from distill.codegen_reply import Screen, extract_code, only_code, streamer
 from distill.codegen_sandbox import describe_isolation, run_many
 
 PLAN_TOKENS = 160  # a plan is a few lines; what is longer rambles
-FENCE = r"^[ \t]*```"  # opens or closes a block; what follows an opening one has no further backtick
-DEFINITION = r"^\s*(?:async def|def|class) "
 
 
 def main(args):
@@ -72,51 +68,6 @@ def code_prompt(task, plan=None):
 def plan_prompt(task):
     """The user message that asks for a plan."""
     return f"Write a short numbered plan for this task. Do not write code.\n\n{task}"
-
-
-def fenced(code):
-    """Code as the assistant writes it, and extract_code() reads it."""
-    return f"```python\n{code.strip()}\n```"
-
-
-def extract_code(reply):
-    """The code of a reply: its first fenced block with a definition, else its first block, else from its first line
-    that looks like code, else all of it. A fence that is never closed ends with the reply."""
-    blocks = re.findall(rf"{FENCE}[^\n`]*\n(.*?)(?:{FENCE}|\Z)", reply, flags=re.DOTALL | re.MULTILINE)
-    for block in blocks:
-        if re.search(DEFINITION, block, flags=re.MULTILINE):
-            return block.strip("\n")
-    if blocks:
-        return blocks[0].strip("\n")
-    start = re.search(r"^(?:async def |def |class |import |from |@\w)", reply, flags=re.MULTILINE)
-    return reply[start.start() if start else 0 :].strip("\n")
-
-
-def only_code(reply):
-    """extract_code() for a reader who wants nothing else: without prose behind code that has no fence, "" for prose.
-
-    A definition is code even if it is wrong or, by the limit of tokens, cut off in mid-line.
-    """
-    code = extract_code(reply)
-    if re.search(rf"{FENCE}[^\n`]*\n", reply, flags=re.MULTILINE):
-        return code
-    lines = code.split("\n")
-    end = next((n for n in range(len(lines), 0, -1) if does_something("\n".join(lines[:n]))), 0)
-    rest = "\n".join(lines[end:])
-    cut_off = end and re.match(r"[ \t]+\S", rest)
-    if cut_off or re.search(r"^(?:async def|def|class) \w+ *[(:]", rest, flags=re.MULTILINE):
-        return code
-    return "\n".join(lines[:end]).rstrip()
-
-
-def does_something(text):
-    """Whether text is Python that acts: a single word parses, too."""
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of escapes in strings
-            nodes = list(ast.walk(ast.parse(textwrap.dedent(text))))
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    return any(isinstance(n, ast.Call) or (isinstance(n, ast.stmt) and not isinstance(n, ast.Expr)) for n in nodes)
 
 
 def program(task, code):
@@ -354,40 +305,6 @@ def answer(model, tokenizer, args, tests):
         print(f"no code in {empty} of {args.n} replies{told}", file=sys.stderr)
     if empty == args.n:
         sys.exit(1)
-
-
-def streamer(tokenizer, take):
-    """A streamer that gives take(text, stream_end) the words as they come."""
-    from transformers import TextStreamer
-
-    made = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    made.on_finalized_text = take
-    return made
-
-
-class Screen:
-    """A terminal: the plan word by word, and line by line what extract_code() takes from a reply with fences.
-
-    A block is held back until it defines something, since the one that does is the code. What is not shown that way
-    (no fence, or no definition) is for the caller to print at the end.
-    """
-
-    def __init__(self):
-        self.line, self.held, self.fenced, self.shown, self.done = "", [], False, False, False
-
-    def plan(self, text, stream_end=False):
-        print(text, end="\n" * stream_end, file=sys.stderr, flush=True)
-
-    def reply(self, text, stream_end=False):
-        *lines, self.line = (self.line + text).split("\n")
-        for line in lines + [self.line] * stream_end:
-            if re.match(FENCE if self.fenced else f"{FENCE}[^`]*$", line):
-                self.fenced, self.held, self.done = not self.fenced, [], self.shown
-            elif self.fenced and not self.done:
-                self.held.append(line)
-                if self.shown or re.match(DEFINITION, line):
-                    print("\n".join(self.held), flush=True)
-                    self.held, self.shown = [], True
 
 
 def show(row, verdict, args, k):

@@ -55,7 +55,7 @@ MAX_BODY = 256 * 1024
 BODY_SECONDS = 5  # for a client to send its body
 MAX_ROWS = 128  # of one batch; batches are also cut where the scorer would cut them
 WAIT = 0.003  # seconds that a lone row waits for company
-COME_BACK = 0.25  # of the last pass's time, behind it: for the clients that it answered
+COME_BACK = 0.25  # of the last pass's time, behind it: for the clients that it answered; on a GPU, where a row is cheap
 EXAMPLE = (
     "Age: 23.0, Occupation: Scientist, Annual Income: 19114.12, Outstanding Debt: 809.98, "
     "Credit Utilization Ratio: 35.03, Payment Behaviour: Low_spent_Small_value_payments"
@@ -240,7 +240,8 @@ class Engine:
             PEAK.set_function(torch.cuda.max_memory_reserved)
         self.model, self.tokenizer = common.load_model(self.config.base)
         # the scorer cuts batches at so many padded tokens; one collected here is then one forward pass
-        self.budget = 2048 if self.model.device.type == "cpu" else 16384
+        cpu = self.model.device.type == "cpu"
+        self.budget, self.come_back = (2048, 0.0) if cpu else (16384, COME_BACK)
         self._renew_scorer()
         self.longest = self.model.config.max_position_embeddings - len(self.scorer.trie.nodes)
         task = self.config.task
@@ -367,7 +368,7 @@ class Engine:
             found = [HTTPException(500, "the model failed; the server's log says why")] * len(batch)
         BATCH.observe(len(batch))
         now = time.monotonic()
-        self.back, self.expected = now + COME_BACK * (now - started), len(batch) + self.queue.qsize()
+        self.back, self.expected = now + self.come_back * (now - started), len(batch) + self.queue.qsize()
         self.seconds_per_row += 0.2 * ((now - started) / len(batch) - self.seconds_per_row)
         self.computing = 0
         self.loop.call_soon_threadsafe(deliver, batch, found)

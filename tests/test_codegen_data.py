@@ -9,9 +9,10 @@ import pytest
 
 from codegen_prepare import code_grams, description_grams, drop_near_duplicates, mutants, overlaps
 from common import ROOT, UserError, read_rows
+from distill.codegen_reply import extract_code, fenced
 from distill.codegen_sandbox import run_many
 from eval_codegen import humaneval
-from infer_codegen import code_prompt, extract_code, fenced, plan_prompt, program, read_tasks
+from infer_codegen import code_prompt, plan_prompt, program, read_tasks
 
 SHIPPED = ROOT / "data" / "codegen_tasks.jsonl"
 ADD = {"prompt": "Write add(a, b).", "solution": "def add(a, b):\n    return a + b", "tests": "assert add(1, 2) == 3"}
