@@ -170,7 +170,8 @@ def check_row(place, row, fields, optional):
 
 def task_file(args):
     """Path of the label task of training rows, there or not: --task, else NAME_task.json beside NAME_sft.jsonl."""
-    return args.task or Path(args.data).with_name(Path(args.data).stem.rsplit("_", 1)[0] + "_task.json")
+    beside = Path(args.data).with_name(Path(args.data).stem.rsplit("_", 1)[0] + "_task.json")
+    return getattr(args, "task", None) or beside
 
 
 def sha256(text):
