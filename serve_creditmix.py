@@ -45,6 +45,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 import common
 from common import ROOT, Calibration, LabelScorer, Task, UserError
+from distill.adapters import check_plain
 from distill.hardware import cap_memory
 from infer_creditmix import answers
 
@@ -220,7 +221,9 @@ class Engine:
         self.status = "ready"
         log("ready", base_model=self.config.base, models={name: lane.state for name, lane in self.lanes.items()})
         while self.status == "ready":
-            if batch := self._collect():
+            batch = [row for row in self._collect() if not row.future.done()]
+            self.computing = len(batch)
+            if batch:
                 self._answer(batch)
             if isinstance(self._carried, tuple):
                 (done, function, args), self._carried = self._carried, None
@@ -289,6 +292,7 @@ class Engine:
                 raise UserError(
                     f"{shown}/task.json: fields 'labels' and 'template': expected those of the server's task"
                 )
+        check_plain(folder)
         calibration = Calibration.load(folder, task)
         self.model = common.add_adapter(self.model, folder, adapter)
         self._renew_scorer()
@@ -307,6 +311,11 @@ class Engine:
         for module in self.model.modules():
             if isinstance(module, BaseTunerLayer):
                 module.delete_adapter(adapter)
+        if isinstance(self.model, PeftModel):  # whose active adapter may be the one that went
+            if self.model.peft_config:
+                self.model.set_adapter(next(iter(self.model.peft_config)))
+            else:
+                self.model = self.model.unload()
 
     def _renew_scorer(self):
         """A scorer's head caches belong to one state of the model."""
@@ -346,6 +355,7 @@ class Engine:
                 if batch and (len(batch) == MAX_ROWS or (len(batch) + 1) * longest > self.budget):
                     break
                 batch.append(taken)
+                self.computing = len(batch)  # admit() counts them; they are in the queue no more
             try:
                 until = max(alone, self.back if len(batch) < self.expected else 0.0)
                 taken = self.queue.get(timeout=max(0.0, until - time.monotonic()))
@@ -355,7 +365,7 @@ class Engine:
         return batch
 
     def _answer(self, batch):
-        started, self.computing, found = time.monotonic(), len(batch), [None] * len(batch)
+        started, found = time.monotonic(), [None] * len(batch)
         try:
             raw = self._score([row.prompt for row in batch], [self.lanes[row.model].adapter for row in batch])
             for model in {row.model for row in batch}:

@@ -42,6 +42,16 @@ def add_adapter(model, folder, name="default", trainable=False):
     return model.eval()
 
 
+def check_plain(folder):
+    """UserError unless the adapter is LoRA that leaves the base as it is, for other adapters stand beside it."""
+    path = Path(folder) / "adapter_config.json"
+    config = read_json(path)
+    odd = [f for f in ("use_dora", "modules_to_save", "trainable_token_indices", "target_parameters") if config.get(f)]
+    odd += ["bias"] * (config.get("bias", "none") != "none") + ["peft_type"] * (config.get("peft_type") != "LORA")
+    if odd:
+        raise UserError(f"{path}: field '{odd[0]}': expected plain LoRA, which leaves the base as it is")
+
+
 def check_adapter(folder):
     """adapter_base(folder); UserError when its weights are damaged or training left some at zero. Loads no base."""
     path = Path(folder) / "adapter_model.safetensors"

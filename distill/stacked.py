@@ -39,7 +39,7 @@ class StackedAdapters:
                 del layer.forward
 
 
-def project(base, a, b, others, x):
+def project(base, a, b, others, x, **_):  # PEFT leaves hooks that name adapters where one of its passes failed
     """base(x) and what the rows' own adapters add -> [N, T, out].
 
     x [N, T, in], A [R, in], B [out, R], others [N, 1, R]: true where a rank is another adapter's.
@@ -66,7 +66,7 @@ def stackable(model):
     """Whether every adapter of a PEFT model is plain LoRA on linear layers whose weights are where they compute."""
     from peft.tuners.lora import LoraLayer
 
-    layers, every = lora_layers(model), [m for m in model.modules() if isinstance(m, LoraLayer)]
+    layers, every = lora_layers(model), [m for m in model.modules() if isinstance(m, LoraLayer) and m.r]
     saved = any(config.modules_to_save for config in model.peft_config.values())
     return bool(layers) and len(layers) == len(every) and not saved
 
@@ -79,4 +79,5 @@ def lora_layers(model):
         biases = any(b.bias is not None for b in layer.lora_B.values())
         return not (layer.lora_variant or layer.merged or biases or layer.get_base_layer().weight.is_meta)
 
-    return [m for m in model.modules() if isinstance(m, Linear | Linear4bit) and plain(m)]
+    # PEFT keeps a layer whose last adapter is gone
+    return [m for m in model.modules() if isinstance(m, Linear | Linear4bit) and m.r and plain(m)]

@@ -231,6 +231,42 @@ def test_broken_and_missing_adapters_leave_the_others_serving(narrow):
     assert narrow.request("POST", "/admin/reload", {"model": "kd"})[0] == 403  # no API_KEY, no operator
 
 
+def test_an_adapter_that_is_refused_or_of_fewer_layers_harms_nobody(tiny, tiny_adapter, tmp_path):
+    for name in ("sft", "kd"):
+        shutil.copytree(tiny_adapter(name), tmp_path / name)
+    rewrite(tmp_path / "sft", {}, lambda key, tensor: tensor * float("nan"))  # the first to load, and refused
+    env = {"SFT_DIR": tmp_path / "sft", "KD_DIR": tmp_path / "kd", "DPO_DIR": tmp_path / "dpo"}
+    with Server(tmp_path, BASE_MODEL=tiny, API_KEY="k", **env) as server:
+        states = server.request("GET", "/readyz")[1]["models"]
+        assert states["sft"]["state"] == "broken" and "not numbers" in states["sft"]["detail"]
+        base = server.infer("base", "x")[1]
+        rewrite(tmp_path / "kd", {"target_modules": ["q_proj"]}, lambda key, t: t if "q_proj" in key else None)
+        assert server.request("POST", "/admin/reload", {"model": "kd"})[0] == 200
+        status, narrower, _ = server.infer("kd", "x")
+        assert status == 200
+        for odd in ({"use_dora": True}, {"bias": "lora_only"}, {"modules_to_save": ["norm"]}):
+            before = rewrite(tmp_path / "kd", odd)
+            status, said, _ = server.request("POST", "/admin/reload", {"model": "kd"})
+            assert status == 409 and f"field '{next(iter(odd))}': expected plain LoRA" in said["detail"]
+            rewrite(tmp_path / "kd", before)
+        same(server.infer("kd", "x")[1], narrower)
+        same(server.infer("base", "x")[1], base)
+
+
+def rewrite(folder, fields, weights=None):
+    """Change an adapter's config, and its weights to weights(name, tensor), None to drop one -> the config before."""
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "adapter_config.json"
+    before = json.loads(path.read_text())
+    path.write_text(json.dumps(before | fields))
+    if weights:
+        path = folder / "adapter_model.safetensors"
+        changed = {name: weights(name, tensor) for name, tensor in load_file(path).items()}
+        save_file({name: tensor for name, tensor in changed.items() if tensor is not None}, path)
+    return before
+
+
 @pytest.mark.parametrize(
     ("env", "said"),
     [
