@@ -268,14 +268,12 @@ class Engine:
             self.lanes[name] = self._take(name, folder, adapter)
         except Exception as e:  # whatever a broken folder makes the libraries raise
             self._forget(adapter)
-            self._renew_scorer()  # adapters are computed side by side: NaN in one would spread
             if old.state != "ready":
                 state = "broken" if (folder / "adapter_config.json").is_file() else "missing"
                 self.lanes[name] = Lane(state, one_line(e))
             raise UserError(one_line(e)) from e
         if old.state == "ready":
             self._forget(old.adapter)
-            self._renew_scorer()
 
     def _take(self, name, folder, adapter):
         base, task, shown = self.config.base, self.config.task, relative(folder)
@@ -316,6 +314,7 @@ class Engine:
                 self.model.set_adapter(next(iter(self.model.peft_config)))
             else:
                 self.model = self.model.unload()
+        self._renew_scorer()  # adapters are computed side by side: NaN in one would spread
 
     def _renew_scorer(self):
         """A scorer's head caches belong to one state of the model."""
