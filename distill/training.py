@@ -188,6 +188,7 @@ def lora(model, args, init_adapter=None):
 def trainer_class(trainer, task, dev):
     """`trainer`, a TRL trainer, with what all routes add: shared prefixes, fused layers, fp32 adapters, accuracy."""
     from accelerate.utils import gather_object
+    from torch.nn.parallel import DistributedDataParallel
     from tqdm import tqdm
 
     from distill.fused import fuse
@@ -205,6 +206,7 @@ def trainer_class(trainer, task, dev):
                 p.data = p.data.float()
             if not self.is_fsdp_enabled:  # which lends a projection its weights only while that module runs
                 fuse(self.model)
+            self.trainable = trainable
             n, total = sum(p.numel() for p in trainable), sum(p.numel() for p in self.model.parameters())
             print(f"trainable: {n:,} of {total:,} parameters ({n / total:.2%})")
 
@@ -220,6 +222,15 @@ def trainer_class(trainer, task, dev):
                 raise UserError(f"a teacher's distribution needs a tree mask, but {why}; expected teacher_output alone")
             else:
                 print(f"each row by itself, common beginnings computed again: {why}")
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            if not isinstance(model, DistributedDataParallel):
+                return super().training_step(model, inputs, num_items_in_batch)
+            with model.no_sync():  # it would copy each of an adapter's hundreds of gradients to its buckets and back
+                loss = super().training_step(model, inputs, num_items_in_batch)
+            if self.accelerator.sync_gradients:
+                average_gradients(self.trainable)
+            return loss
 
         def _precompute_ref_logps(self, dataset, name, batch_size):  # DPO calls it before __init__ returns
             self.share()
@@ -249,6 +260,17 @@ def trainer_class(trainer, task, dev):
             return metrics
 
     return Student
+
+
+def average_gradients(parameters):
+    """The mean over all processes, in one message: each gradient becomes a view of it, so none is copied back."""
+    import torch
+
+    flat = torch.cat([p.grad.flatten() for p in parameters])
+    torch.distributed.all_reduce(flat)
+    flat /= torch.distributed.get_world_size()
+    for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.grad = grad.view_as(p)
 
 
 def longest_row(rows):
