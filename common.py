@@ -378,7 +378,7 @@ class LabelScorer:
         """Logits [B, 1 + M, V] where a label token is predicted, for B token id lists."""
         import torch
 
-        from distill.trees import tree_batch
+        from distill.trees import additive, tree_batch
 
         trees = [[(row, -1), *self.trie.behind(0, 1)] for row in rows]
         batch, starts = tree_batch(trees, self.tokenizer.pad_token_id, head)
@@ -386,6 +386,7 @@ class LabelScorer:
         keep = torch.tensor([s[0] + len(row) - 1 for s, row in zip(starts, rows, strict=True)])
         batch["logits_to_keep"] = keep[:, None] + torch.arange(1 + len(self.trie.nodes))
         batch = {k: v.to(self.model.device) for k, v in batch.items()}
+        batch["attention_mask"] = additive(batch["attention_mask"], self.model.dtype)
         return self._forward(adapters, **batch, past_key_values=cache, use_cache=cache is not None).logits
 
     def _forward(self, adapters, **batch):
@@ -426,16 +427,16 @@ class LabelScorer:
             ids = torch.tensor([self.head], device=self.model.device)
             names = [name] if name else None
             cache = self._forward(names, input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
-            self._heads[name] = [(layer.keys, layer.values) for layer in cache.layers]
-        if len(set(adapters)) == 1:
-            one = self._heads[adapters[0]]
-            return DynamicCache(
-                [(k.expand(len(adapters), *k.shape[1:]), v.expand(len(adapters), *v.shape[1:])) for k, v in one]
-            )
+            parts = [part for layer in cache.layers for part in (layer.keys, layer.values)]
+            self._shapes = [part.shape[1:] for part in parts]
+            self._heads[name] = torch.cat([part.flatten() for part in parts])
         own = list(dict.fromkeys(adapters))
-        rows = torch.tensor([own.index(a) for a in adapters], device=self.model.device)
-        layers = zip(*(self._heads[a] for a in own), strict=True)
-        return DynamicCache([tuple(torch.cat(kv)[rows] for kv in zip(*each, strict=True)) for each in layers])
+        heads = torch.stack([self._heads[a] for a in own])
+        if len(own) > 1:  # one kernel for all layers; rows of one adapter need none
+            heads = heads[torch.tensor([own.index(a) for a in adapters], device=heads.device)]
+        parts = heads.expand(len(adapters), -1).split([shape.numel() for shape in self._shapes], 1)
+        parts = [part.unflatten(1, shape) for part, shape in zip(parts, self._shapes, strict=True)]
+        return DynamicCache(list(zip(parts[::2], parts[1::2], strict=True)))
 
     def prior(self, task):
         """The model's leaning without content [L]: the mean score of the task's content-free prompts."""

@@ -129,8 +129,9 @@ def distribution_loss(scores, teacher, gold, temperature, alpha):
 def distribution_trainer(trainer, trie, args):
     """The trainer with the loss on label scores; prompts of a batch share their head, labels their prompt."""
     import torch
+    from torch.utils.checkpoint import checkpoint
 
-    from distill.trees import pack_prompts
+    from distill.trees import additive, pack_prompts
 
     class Distribution(trainer):
         needs_trees = True
@@ -148,8 +149,11 @@ def distribution_trainer(trainer, trie, args):
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             teacher, gold, at = inputs.pop("teacher"), inputs.pop("gold"), inputs.pop("label_logits_at")
-            scores = trie.scores(model(**inputs, use_cache=False).logits[at])
-            return distribution_loss(scores, teacher, gold, args.temperature, args.alpha)
+            inputs["attention_mask"] = additive(inputs["attention_mask"], self.model.dtype)
+            logits = model(**inputs, use_cache=False).logits.flatten(0, -2)
+            # their 32-bit copies are made again on the way back, a part at a time: all of them at once are too large
+            parts = [checkpoint(lambda own: trie.scores(logits[own]), own, use_reentrant=False) for own in at.split(32)]
+            return distribution_loss(torch.cat(parts), teacher, gold, args.temperature, args.alpha)
 
     return Distribution
 
@@ -199,6 +203,8 @@ def token_trainer(trainer, top_k, args):
     """The trainer with the loss on the teacher's top-k; logits only at trained tokens, common beginnings once."""
     from torch.utils.checkpoint import checkpoint
 
+    from distill.trees import additive
+
     class Tokens(trainer):
         needs_trees = True
 
@@ -214,6 +220,7 @@ def token_trainer(trainer, top_k, args):
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             told = [inputs.pop(k) for k in ("labels", "shift_labels", "target", "top_ids", "top_logp")][2:]
+            inputs["attention_mask"] = additive(inputs["attention_mask"], self.model.dtype)
             logits = model(**inputs, use_cache=False).logits.flatten(0, -2)
             loss, at = 0, (args.temperature, args.alpha)
             for part in zip(*(x.split(256) for x in (logits, *told)), strict=True):

@@ -48,6 +48,11 @@ def tree_batch(trees, pad, head=0, multiple=1):
     return {k: torch.from_numpy(v) for k, v in inputs.items()}, starts
 
 
+def additive(see, dtype):
+    """A boolean mask as what attention adds to its scores; sdpa would make that of it again in every layer."""
+    return torch.zeros(see.shape, dtype=dtype, device=see.device).masked_fill_(~see, torch.finfo(dtype).min)
+
+
 class LabelTrie:
     """Labels as a tree of tokens behind a prompt: the last token of a label is only predicted, so it is no node.
 
@@ -255,9 +260,7 @@ def share_prefixes(model, pad, group=None):
             target[own[limits[i] : -1]] = torch.tensor(targets[i][limits[i] + 1 : lengths[i]])
         target = target.view(batch["input_ids"].shape)
         batch = {k: v.to(input_ids.device) for k, v in batch.items()}
-        see = batch["attention_mask"]  # as what attention adds, since sdpa would turn it into that in every layer
-        batch["attention_mask"] = torch.zeros(see.shape, dtype=model.dtype, device=see.device)
-        batch["attention_mask"].masked_fill_(~see, torch.finfo(model.dtype).min)
+        batch["attention_mask"] = additive(batch["attention_mask"], model.dtype)
         target, source, mask = target.to(labels.device), source.to(labels.device), labels[:, 1:] != -100
         if input_ids.device.type == "cpu":  # TRL's head computes the trained positions only on a GPU
             del kwargs["fused_lm_head"]

@@ -15,11 +15,13 @@ train kd --lr 3e-4 --epochs 3 & kd=$!
 train sft --lr 3e-4 --epochs 3
 train dpo --lr 5e-5 --epochs 1 --init_adapter "$out/codegen_sft" --sft_weight 0.2
 wait "$kd"
-sample="--mode direct plan --n 10 --k 1 10 --max_new_tokens 256 --batch_size 1000"
-pids=()
-for model in smollm2-135m "$out"/codegen_{sft,kd,dpo}; do
-  name=$(basename "$model")
-  python eval_codegen.py --model_dir "$model" $sample --out_dir "$out/humaneval-$name" & pids+=($!)
-  python eval_codegen.py --model_dir "$model" $sample --out_dir "$out/mbpp-$name" --problems "$mbpp" --last 200 & pids+=($!)
-done
-for pid in "${pids[@]}"; do wait "$pid"; done
+sample="--mode direct plan --n 10 --k 1 10 --max_new_tokens 256 --batch_size 500"
+evaluate() {  # NAME FLAG...: the four models at once, some 15 GB each
+  local name=$1 model pids=(); shift
+  for model in smollm2-135m "$out"/codegen_{sft,kd,dpo}; do
+    python eval_codegen.py --model_dir "$model" $sample --out_dir "$out/$name-$(basename "$model")" "$@" & pids+=($!)
+  done
+  for pid in "${pids[@]}"; do wait "$pid"; done
+}
+evaluate humaneval
+evaluate mbpp --problems "$mbpp" --last 200

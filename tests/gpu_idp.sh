@@ -13,7 +13,7 @@ train() {  # ROUTE FLAG...
 python idp_prepare.py --src "$sroie" --schema data/sroie_schema.json --outdir "$out" --val_frac 0.5 --copies 6
 train kd --lr 5e-4 --max_steps 240 & kd=$!
 train sft --lr 1e-3 --max_steps 240
-train dpo --lr 2e-4 --max_steps 30 --init_adapter "$out/idp_sft" --sft_weight 0.5
+train dpo --lr 5e-5 --max_steps 60 --init_adapter "$out/idp_sft"
 wait "$kd"
 python eval_idp.py --model_dir smollm2-135m "$out"/idp_{sft,kd,dpo} --data "$sroie" --schema data/sroie_schema.json \
-  --val_frac 0.5 --max_new_tokens 160 --batch_size 134 --out "$out/idp_report"
+  --val_frac 0.5 --max_new_tokens 160 --batch_size 174 --out "$out/idp_report"
