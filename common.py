@@ -3,6 +3,7 @@
 Nothing here is run by itself; `python sft_train.py --help` and the README show the stages.
 """
 
+import functools
 import os
 import sys
 import warnings
@@ -264,9 +265,14 @@ def completion_ids(tokenizer, prompts, answers, begins=None):
 
 def harmless(tokenizer, text):
     """The text with a blank in each special token: text from outside must not open or close a turn."""
-    for token in (t.content for t in tokenizer.added_tokens_decoder.values() if t.special):
+    for token in special_tokens(tokenizer):
         text = text.replace(token, f"{token[0]} {token[1:]}")
     return text
+
+
+@functools.lru_cache(8)  # reading them takes longer than all else that is done to a prompt
+def special_tokens(tokenizer):
+    return [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
 
 
 def _chat(tokenizer, user, answer=None):
@@ -331,10 +337,13 @@ class LabelScorer:
         adapters: one adapter name a prompt ("__base__" for none), rows of one batch may differ.
         Error: UserError for a prompt longer than the model's context.
         """
+        return self.score_ids(prompt_ids(self.tokenizer, prompts), adapters, progress)
+
+    def score_ids(self, ids, adapters=None, progress=False):
+        """As score, of what prompt_ids makes of the messages."""
         import numpy as np
         from tqdm import tqdm
 
-        ids = prompt_ids(self.tokenizer, prompts)
         limit = getattr(self.model.config, "max_position_embeddings", 2**31) - len(self.trie.nodes)
         for i, row in enumerate(ids):
             if len(row) > limit:

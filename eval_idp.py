@@ -233,7 +233,10 @@ def run_model(name, rows, schema, grammar, args):
         values = extract(model, tokenizer, documents, schema, constraint, args.max_new_tokens, args.batch_size)
         texts = generate(model, tokenizer, [idp_prompt(schema, d) for d in documents], args.max_new_tokens)
         for i, value, text in zip(batch, values, texts, strict=True):
-            results["constrained"][i] = {"value": value, "valid": judge.is_valid(value), "text": compact(value)}
+            if isinstance(value, UserError):
+                results["constrained"][i] = {"value": free_value(""), "valid": False, "text": str(value)}
+            else:
+                results["constrained"][i] = {"value": value, "valid": judge.is_valid(value), "text": compact(value)}
             valid = parse_valid(text, judge)[1] is None
             results["free"][i] = {"value": free_value(text), "valid": valid, "text": text}
     return results

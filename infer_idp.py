@@ -106,7 +106,7 @@ def parse_valid(text, judge):
 
 
 def generate_valid(model, tokenizer, prompts, constraint, judge, max_new_tokens):
-    """One valid value a prompt. Error: UserError where none came in ATTEMPTS, which only --lenient should meet."""
+    """One valid value a prompt, or a UserError where none came in ATTEMPTS, which only --lenient should meet."""
     values, wrong = {}, {}
     for attempt in range(ATTEMPTS):
         left = [i for i in range(len(prompts)) if i not in values]
@@ -117,9 +117,10 @@ def generate_valid(model, tokenizer, prompts, constraint, judge, max_new_tokens)
             if wrong[i] is None:
                 values[i] = value
         if len(values) == len(prompts):
-            return [values[i] for i in range(len(prompts))]
-    reason = next(e for e in wrong.values() if e)
-    raise UserError(f"no valid JSON in {ATTEMPTS} attempts, the last one: {reason}; simplify the schema")
+            break
+    for i in set(range(len(prompts))) - set(values):
+        values[i] = UserError(f"no valid JSON in {ATTEMPTS} attempts, the last one: {wrong[i]}; simplify the schema")
+    return [values[i] for i in range(len(prompts))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,7 +199,8 @@ def pieces_of(document, schema, tokenizer, context, max_new_tokens):
 def extract(model, tokenizer, documents, schema, constraint, max_new_tokens, batch_size=8, first=1):
     """One valid value a document: list[str] -> list. first: the number of documents[0] in messages.
 
-    Errors: UserError where generate_valid finds none, or where the pieces of a document are not valid together.
+    In place of a value a UserError where generate_valid finds none, or where the pieces of a document are not valid
+    together: it is raised by who needs this document, and the others are unharmed.
     """
     judge = validator(schema)
     context = model.config.max_position_embeddings
@@ -209,15 +211,16 @@ def extract(model, tokenizer, documents, schema, constraint, max_new_tokens, bat
         values += generate_valid(model, tokenizer, prompts, constraint, judge, max_new_tokens)
     results = {}
     for (i, _), value in zip(pieces, values, strict=True):
-        results[i] = merge(results[i], value) if i in results else value
+        failed = next((v for v in (results.get(i), value) if isinstance(v, UserError)), None)
+        results[i] = failed or (merge(results[i], value) if i in results else value)
     for i, value in results.items():
+        if isinstance(value, UserError):
+            continue
         for message in shorten_lists(value, judge):
             print(f"WARNING: document {first + i}: {message}", file=sys.stderr)
-        error = next(judge.iter_errors(value), None)
-        if error:
-            raise UserError(
-                f"document {first + i}: its pieces together are not valid: {error.json_path}: {error.message[:99]}"
-            )
+        if error := next(judge.iter_errors(value), None):
+            wrong = f"{error.json_path}: {error.message[:99]}"
+            results[i] = UserError(f"document {first + i}: its pieces together are not valid: {wrong}")
     return [results[i] for i in range(len(documents))]
 
 
@@ -264,7 +267,10 @@ def result_keys(args, schema, documents):
 
 
 def write_results(model, tokenizer, documents, schema, constraint, args):
-    """Results one line a document; a run that was stopped goes on behind what it finished, in <output>.part."""
+    """Results one line a document; a run that was stopped goes on behind what it finished, in <output>.part.
+
+    Error: UserError behind the last document where one or more have an "error" in place of an "output".
+    """
     part = args.output.with_name(args.output.name + ".part")
     keys = result_keys(args, schema, documents)
     done = read_rows(part, {"key": str, "line": int}) if part.is_file() and part.stat().st_size else []
@@ -273,10 +279,18 @@ def write_results(model, tokenizer, documents, schema, constraint, args):
     for at in tqdm(range(len(done), len(documents), args.batch_size), desc="documents", unit="batch"):
         batch = documents[at : at + args.batch_size]
         values = extract(model, tokenizer, batch, schema, constraint, args.max_new_tokens, args.batch_size, at + 1)
-        done += [{"line": at + i + 1, "key": keys[at + i], "output": v} for i, v in enumerate(values)]
+        for i, v in enumerate(values, at):
+            found = {"error": str(v)} if isinstance(v, UserError) else {"output": v}
+            done.append({"line": i + 1, "key": keys[i], **found})
         write_jsonl(part, done)
-    write_jsonl(args.output, [{"line": r["line"], "output": r["output"]} for r in done])
+    write_jsonl(args.output, [{k: v for k, v in r.items() if k != "key"} for r in done])
     part.unlink(missing_ok=True)
+    failed = [r for r in done if "error" in r]
+    if failed:
+        raise UserError(
+            f"{args.output}: {len(failed)} of {len(done)} documents have an error in place of a result, the first in "
+            f"line {failed[0]['line']}: {failed[0]['error']}"
+        )
     print(f"{args.output}: {len(done)} results, all valid")
 
 
@@ -294,6 +308,8 @@ def main(args):
         write_results(model, tokenizer, documents, schema, constraint, args)
     else:
         (value,) = extract(model, tokenizer, documents, schema, constraint, args.max_new_tokens, args.batch_size)
+        if isinstance(value, UserError):
+            raise value
         print(json.dumps(value, ensure_ascii=False, indent=1))
 
 

@@ -140,8 +140,7 @@ class Row:
     """One prompt on its way through the model; the future belongs to the event loop."""
 
     model: str
-    prompt: str
-    tokens: int
+    ids: list[int]
     arrived: float
     future: asyncio.Future
 
@@ -191,13 +190,12 @@ class Engine:
         if full := self.full(len(texts)):
             raise full
         prompts = [self.lanes[model].task.prompt(text) for text in texts]
-        lengths = [len(ids) for ids in common.prompt_ids(self.tokenizer, prompts)]
-        if max(lengths) > self.longest:
-            raise HTTPException(
-                422, f"features: {max(lengths)} tokens with the prompt, expected at most {self.longest}"
-            )
+        ids = common.prompt_ids(self.tokenizer, prompts)
+        longest = max(map(len, ids))
+        if longest > self.longest:
+            raise HTTPException(422, f"features: {longest} tokens with the prompt, expected at most {self.longest}")
         now = time.monotonic()
-        rows = [Row(model, p, n, now, self.loop.create_future()) for p, n in zip(prompts, lengths, strict=True)]
+        rows = [Row(model, own, now, self.loop.create_future()) for own in ids]
         for row in rows:
             self.queue.put_nowait(row)
         return [row.future for row in rows]
@@ -321,24 +319,26 @@ class Engine:
         task = self.config.task
         self.scorer = LabelScorer(self.model, self.tokenizer, task.labels, task.null_prompts())
 
-    def _score(self, prompts, adapters):
+    def _score(self, ids, adapters):
         from peft import PeftModel  # a base that no adapter loaded on is none, and takes no names
 
-        return self.scorer.score(prompts, adapters=adapters if isinstance(self.model, PeftModel) else None)
+        return self.scorer.score_ids(ids, adapters if isinstance(self.model, PeftModel) else None)
 
     def _prior(self, task, adapter="__base__"):
-        return self._score(task.null_prompts(), [adapter] * len(task.null_inputs)).mean(0)
+        ids = common.prompt_ids(self.tokenizer, task.null_prompts())
+        return self._score(ids, [adapter] * len(ids)).mean(0)
 
     def warm(self):
-        """Every model's head cache, one mixed batch and a row alone, for which a GPU loads other kernels.
+        """Every model's head cache; on a GPU, which loads other kernels for other sizes, batches of any size too.
 
         The first request then costs what the hundredth does.
         """
-        ready = [lane for lane in self.lanes.values() if lane.state == "ready"]
-        prompts = [p for lane in ready for p in lane.task.null_prompts()]
-        names = [lane.adapter for lane in ready for _ in lane.task.null_inputs]
-        for rows in (len(prompts), 1):
-            self._score(prompts[:rows], names[:rows])
+        texts = [f"{text} {text}" for text in self.config.task.null_inputs]  # about as long as what will be asked
+        ids = common.prompt_ids(self.tokenizer, [self.config.task.prompt(text) for text in texts])
+        names = [lane.adapter for lane in self.lanes.values() if lane.state == "ready"]
+        sizes = [len(names), 1] if self.model.device.type == "cpu" else [2**i for i in range(MAX_ROWS.bit_length())]
+        for n in sizes:
+            self._score([ids[i % len(ids)] for i in range(n)], [names[i % len(names)] for i in range(n)])
 
     def _collect(self):
         """Rows of the next forward pass in order of arrival; it ends in front of a command.
@@ -350,7 +350,7 @@ class Engine:
         alone = taken.arrived + WAIT if isinstance(taken, Row) else 0.0
         while isinstance(taken, Row):
             if not taken.future.done():  # else its client left or its deadline passed
-                longest = max(longest, taken.tokens)
+                longest = max(longest, len(taken.ids))
                 if batch and (len(batch) == MAX_ROWS or (len(batch) + 1) * longest > self.budget):
                     break
                 batch.append(taken)
@@ -366,7 +366,7 @@ class Engine:
     def _answer(self, batch):
         started, found = time.monotonic(), [None] * len(batch)
         try:
-            raw = self._score([row.prompt for row in batch], [self.lanes[row.model].adapter for row in batch])
+            raw = self._score([row.ids for row in batch], [self.lanes[row.model].adapter for row in batch])
             for model in {row.model for row in batch}:
                 lane, rows = self.lanes[model], [i for i, row in enumerate(batch) if row.model == model]
                 of_model = answers(lane.task, raw[rows], lane.prior, lane.calibration, model)
@@ -485,14 +485,16 @@ async def invalid(request, error):
     return Response(json.dumps({"detail": detail}), 422, media_type="application/json")
 
 
-def known(request: Request, key: Annotated[str | None, Depends(APIKeyHeader(name="X-API-Key", auto_error=False))]):
+async def known(
+    request: Request, key: Annotated[str | None, Depends(APIKeyHeader(name="X-API-Key", auto_error=False))]
+):
     """The key, compared in constant time, where API_KEY asks for one."""
     wanted = request.app.state.engine.config.api_key
     if wanted and not hmac.compare_digest(common.sha256(key or ""), common.sha256(wanted)):
         raise HTTPException(401, "header X-API-Key: missing or wrong", {"WWW-Authenticate": "X-API-Key"})
 
 
-def operator(request: Request, _: Annotated[None, Depends(known)]):
+async def operator(request: Request, _: Annotated[None, Depends(known)]):
     """A key that is asked for and given."""
     if not request.app.state.engine.config.api_key:
         raise HTTPException(403, "expected a server that was started with API_KEY")

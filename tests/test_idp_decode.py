@@ -1,6 +1,7 @@
 """The constrained decoder and infer_idp.py: valid at any budget, refusals by name, long documents, bad input."""
 
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -245,8 +246,9 @@ def test_a_long_document_keeps_to_max_items_or_is_an_error(tiny, monkeypatch, ca
     )
     document = "Price 1.00\n" * 400
     rule = {"type": "object", "maxProperties": 1}
-    with pytest.raises(UserError, match=r"document 7: its pieces together are not valid: \$: .* too many properties"):
-        extract(model, tokenizer, [document], rule, None, 40, first=7)
+    error, value = extract(model, tokenizer, [document, "Price 1.00"], rule, None, 40, first=7)
+    assert isinstance(error, UserError) and value == {f"p{next(pages) - 1}": [1, 2]}
+    assert re.match(r"document 7: its pieces together are not valid: \$: .* too many properties", str(error))
     monkeypatch.setattr("infer_idp.generate_valid", lambda m, t, prompts, *_: [[next(pages), 0] for _ in prompts])
     (value,) = extract(model, tokenizer, [document], {"type": "array", "maxItems": 3}, None, 40)
     assert len(value) == len({*value}) == 3 and "WARNING: document 1: $: " in capsys.readouterr().err
@@ -309,6 +311,23 @@ def test_a_stopped_run_goes_on(tiny, jsonl, tmp_path):
     again = [json.loads(line)["output"] for line in out.read_text().splitlines()]
     assert again == [marked, rows[1]["output"], rows[2]["output"]]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["docs.jsonl", "out.jsonl"]
+
+
+def test_a_document_without_a_result_does_not_stop_the_others(tiny, jsonl, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "infer_idp.generate_valid",
+        lambda m, t, prompts, *_: [UserError("no valid JSON") if "BAD" in p else {"total": "1"} for p in prompts],
+    )
+    source, out = jsonl("docs.jsonl", [{"document": d} for d in ("A", "BAD", "C", "BAD")]), tmp_path / "out.jsonl"
+    options = {"document": None, "lenient": True, "max_new_tokens": 40, "batch_size": 2}
+    (tmp_path / "s.json").write_text('{"type": "object", "properties": {"total": {"type": "string"}}}')
+    args = SimpleNamespace(model_dir=str(tiny), schema=tmp_path / "s.json", input=source, output=out, **options)
+    with pytest.raises(UserError, match=r"out.jsonl: 2 of 4 documents .*, the first in line 2: no valid JSON$"):
+        main(args)
+    good, bad = {"output": {"total": "1"}}, {"error": "no valid JSON"}
+    rows = [{"line": i, **row} for i, row in enumerate((good, bad, good, bad), 1)]
+    assert [json.loads(line) for line in out.read_text().splitlines()] == rows
+    assert not (tmp_path / "out.jsonl.part").exists()
 
 
 def test_lenient_exits_2_rather_than_print_what_is_invalid(run, tiny, tmp_path):
