@@ -156,10 +156,14 @@ class Engine:
         self.queue = queue.Queue()  # of rows, bounded by admit(), and of commands, which always get in
         self.computing, self.seconds_per_row = 0, 0.0  # rows in the forward pass; a running mean
         self.back, self.expected = 0.0, 0  # when answered clients should be back, and then so many rows wait
-        self._carried = None  # was taken from the queue and belongs to the next batch
+        self._taken, self._command = [], None  # from the queue, by the owner: rows, oldest first, and what runs next
         self._generation = itertools.count(1)
-        QUEUED.set_function(self.queue.qsize)
+        QUEUED.set_function(self.waiting)
         threading.Thread(target=self._run, name="model", daemon=True).start()
+
+    def waiting(self):
+        """Rows that are in no forward pass yet."""
+        return self.queue.qsize() + len(self._taken)
 
     # on the event loop
 
@@ -177,7 +181,7 @@ class Engine:
         Without the second, a server slower than its queue is long computes what nobody waits for any more. Only the
         event loop adds rows, so there is no race for the last place.
         """
-        waiting = self.queue.qsize()
+        waiting = self.waiting()
         seconds = (waiting + self.computing + rows) * self.seconds_per_row
         late = waiting + self.computing > 0 and seconds > 0.8 * self.config.deadline
         if late or waiting + rows > self.config.max_queue:
@@ -219,12 +223,10 @@ class Engine:
         self.status = "ready"
         log("ready", base_model=self.config.base, models={name: lane.state for name, lane in self.lanes.items()})
         while self.status == "ready":
-            batch = [row for row in self._collect() if not row.future.done()]
-            self.computing = len(batch)
-            if batch:
+            if batch := self._collect():
                 self._answer(batch)
-            if isinstance(self._carried, tuple):
-                (done, function, args), self._carried = self._carried, None
+            if self._command:
+                (done, function, args), self._command = self._command, None
                 if done.set_running_or_notify_cancel():
                     try:
                         done.set_result(function(*args))
@@ -341,26 +343,43 @@ class Engine:
             self._score([ids[i % len(ids)] for i in range(n)], [names[i % len(names)] for i in range(n)])
 
     def _collect(self):
-        """Rows of the next forward pass in order of arrival; it ends in front of a command.
+        """Rows of the next forward pass; none where there is a command instead.
 
         Clients that were just answered come back one by one: who starts without them has half of them in each pass.
         """
-        batch, longest, taken = [], 0, self._carried or self.queue.get()
-        self._carried = None
-        alone = taken.arrived + WAIT if isinstance(taken, Row) else 0.0
-        while isinstance(taken, Row):
-            if not taken.future.done():  # else its client left or its deadline passed
-                longest = max(longest, len(taken.ids))
-                if batch and (len(batch) == MAX_ROWS or (len(batch) + 1) * longest > self.budget):
-                    break
-                batch.append(taken)
-                self.computing = len(batch)  # admit() counts them; they are in the queue no more
+        while True:
+            with contextlib.suppress(queue.Empty):
+                while not self._command:
+                    self._take_one(self.queue.get_nowait())
+            batch = self._choose()
+            if self._command or len(batch) < len(self._taken):
+                break
+            until = self.back if len(batch) < self.expected else 0.0
+            timeout = max(0.0, until - time.monotonic(), batch[0].arrived + WAIT - time.monotonic()) if batch else None
             try:
-                until = max(alone, self.back if len(batch) < self.expected else 0.0)
-                taken = self.queue.get(timeout=max(0.0, until - time.monotonic()))
+                self._take_one(self.queue.get(timeout=timeout))
             except queue.Empty:
-                return batch
-        self._carried = taken
+                break
+        self.computing = len(batch)  # before they wait no more: admit() counts both
+        chosen = set(batch)
+        self._taken = [row for row in self._taken if row not in chosen]
+        return batch
+
+    def _take_one(self, item):
+        if isinstance(item, Row):
+            self._taken.append(item)
+        else:
+            self._command = item
+
+    def _choose(self):
+        """The oldest row and, as far as they fit, those nearest to it in length: what is padded is computed too."""
+        self._taken = [row for row in self._taken if not row.future.done()]  # else its client left or it is too late
+        batch, longest = [], 0
+        for row in sorted(self._taken, key=lambda row: abs(len(row.ids) - len(self._taken[0].ids))):
+            longest = max(longest, len(row.ids))
+            if batch and (len(batch) == MAX_ROWS or (len(batch) + 1) * longest > self.budget):
+                break
+            batch.append(row)
         return batch
 
     def _answer(self, batch):
@@ -377,7 +396,7 @@ class Engine:
             found = [HTTPException(500, "the model failed; the server's log says why")] * len(batch)
         BATCH.observe(len(batch))
         now = time.monotonic()
-        self.back, self.expected = now + self.come_back * (now - started), len(batch) + self.queue.qsize()
+        self.back, self.expected = now + self.come_back * (now - started), len(batch) + self.waiting()
         self.seconds_per_row += 0.2 * ((now - started) / len(batch) - self.seconds_per_row)
         self.computing = 0
         self.loop.call_soon_threadsafe(deliver, batch, found)

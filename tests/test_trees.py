@@ -109,3 +109,37 @@ def test_shared_prefix_of_label_prompts_gives_the_scores_of_each_alone(tiny):
         logp = model(torch.tensor([prompts[0] + ids])).logits[0].log_softmax(-1)
         by_hand = sum(logp[len(prompts[0]) - 1 + k, t] for k, t in enumerate(ids)) / len(ids)
         assert abs(by_hand - alone[0, label]) < 1e-4
+
+
+def test_kd_computes_label_scores_in_parts_with_loss_and_gradients_of_the_whole(tiny):
+    """More prompts than a part holds, a tree mask that is additive: against scores of one piece and a boolean mask."""
+    from types import SimpleNamespace
+
+    from transformers import AutoModelForCausalLM
+
+    from kd_train import distribution_loss, distribution_trainer
+
+    class Trainer:
+        def __init__(self, data_collator, processing_class):
+            self.collate = data_collator
+
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    trie, rng = LabelTrie([[5], [6, 7], [6, 8, 9]]), random.Random(0)
+    rows = [
+        {"prompt_ids": [*range(20, 40), *rng.choices(range(50, 90), k=n)], "teacher": [0.5, 0.3, 0.2], "gold": n % 3}
+        for n in range(3, 80)
+    ]
+    kind = distribution_trainer(Trainer, trie, SimpleNamespace(temperature=2.0, alpha=0.3))
+    trainer = kind(processing_class=SimpleNamespace(pad_token_id=2))
+    trainer.model = model
+    in_parts = trainer.compute_loss(model, trainer.collate(rows))
+    in_parts.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    batch = trainer.collate(rows)
+    teacher, gold, at = (batch.pop(k) for k in ("teacher", "gold", "label_logits_at"))
+    whole = distribution_loss(trie.scores(model(**batch, use_cache=False).logits[at]), teacher, gold, 2.0, 0.3)
+    whole.backward()
+    assert abs(in_parts - whole) < 1e-5
+    for name, p in model.named_parameters():
+        assert (found[name] - p.grad).norm() < 1e-4 * p.grad.norm().clamp(min=1e-3), name
