@@ -437,14 +437,14 @@ class LabelScorer:
             names = [name] if name else None
             cache = self._forward(names, input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
             parts = [part for layer in cache.layers for part in (layer.keys, layer.values)]
-            self._shapes = [part.shape[1:] for part in parts]
-            self._heads[name] = torch.cat([part.flatten() for part in parts])
+            self._places = [(part.shape[1:], part.device) for part in parts]  # a large model lies on several devices
+            self._heads[name] = torch.cat([part.flatten().to(self.model.device) for part in parts])
         own = list(dict.fromkeys(adapters))
         heads = torch.stack([self._heads[a] for a in own])
         if len(own) > 1:  # one kernel for all layers; rows of one adapter need none
             heads = heads[torch.tensor([own.index(a) for a in adapters], device=heads.device)]
-        parts = heads.expand(len(adapters), -1).split([shape.numel() for shape in self._shapes], 1)
-        parts = [part.unflatten(1, shape) for part, shape in zip(parts, self._shapes, strict=True)]
+        parts = heads.expand(len(adapters), -1).split([shape.numel() for shape, _ in self._places], 1)
+        parts = [part.unflatten(1, shape).to(on) for part, (shape, on) in zip(parts, self._places, strict=True)]
         return DynamicCache(list(zip(parts[::2], parts[1::2], strict=True)))
 
     def prior(self, task):

@@ -269,7 +269,8 @@ def result_keys(args, schema, documents):
 def write_results(model, tokenizer, documents, schema, constraint, args):
     """Results one line a document; a run that was stopped goes on behind what it finished, in <output>.part.
 
-    Error: UserError behind the last document where one or more have an "error" in place of an "output".
+    Error: UserError behind the last document where one or more have an "error" in place of an "output": that is final,
+    a run that goes on does not try them again.
     """
     part = args.output.with_name(args.output.name + ".part")
     keys = result_keys(args, schema, documents)

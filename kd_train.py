@@ -150,9 +150,9 @@ def distribution_trainer(trainer, trie, args):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             teacher, gold, at = inputs.pop("teacher"), inputs.pop("gold"), inputs.pop("label_logits_at")
             inputs["attention_mask"] = additive(inputs["attention_mask"], self.model.dtype)
-            logits = model(**inputs, use_cache=False).logits.flatten(0, -2)
-            # their 32-bit copies are made again on the way back, a part at a time: all of them at once are too large
-            parts = [checkpoint(lambda own: trie.scores(logits[own]), own, use_reentrant=False) for own in at.split(32)]
+            logits = model(**inputs, use_cache=False).logits.flatten(0, -2)[at]
+            # their log-softmax is made again on the way back, a part at a time: all at once is too large
+            parts = [checkpoint(trie.scores, part, use_reentrant=False) for part in logits.split(32)]
             return distribution_loss(torch.cat(parts), teacher, gold, args.temperature, args.alpha)
 
     return Distribution

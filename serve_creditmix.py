@@ -244,7 +244,7 @@ class Engine:
         self.model, self.tokenizer = common.load_model(self.config.base)
         # the scorer cuts batches at so many padded tokens; one collected here is then one forward pass
         cpu = self.model.device.type == "cpu"
-        self.budget, self.come_back = (2048, 0.0) if cpu else (16384, COME_BACK)
+        self.budget, self.come_back, self.near = (2048, 0.0, 64) if cpu else (16384, COME_BACK, 2 * MAX_ROWS)
         self._renew_scorer()
         self.longest = self.model.config.max_position_embeddings - len(self.scorer.trie.nodes)
         task = self.config.task
@@ -337,13 +337,18 @@ class Engine:
         """
         texts = [f"{text} {text}" for text in self.config.task.null_inputs]  # about as long as what will be asked
         ids = common.prompt_ids(self.tokenizer, [self.config.task.prompt(text) for text in texts])
+        ids = [own[: self.longest] for own in ids]
         names = [lane.adapter for lane in self.lanes.values() if lane.state == "ready"]
         sizes = [len(names), 1] if self.model.device.type == "cpu" else [2**i for i in range(MAX_ROWS.bit_length())]
         for n in sizes:
-            self._score([ids[i % len(ids)] for i in range(n)], [names[i % len(names)] for i in range(n)])
+            try:
+                self._score([ids[i % len(ids)] for i in range(n)], [names[i % len(names)] for i in range(n)])
+            except Exception as e:  # out of memory, for one; smaller batches are served all the same
+                log("not warmed up", rows=n, detail=one_line(e))
+                break
 
     def _collect(self):
-        """Rows of the next forward pass; none where there is a command instead.
+        """Rows of the next forward pass; a command that has come runs behind them, ahead of the rows that are left.
 
         Clients that were just answered come back one by one: who starts without them has half of them in each pass.
         """
@@ -375,11 +380,12 @@ class Engine:
         """The oldest row and, as far as they fit, those nearest to it in length: what is padded is computed too."""
         self._taken = [row for row in self._taken if not row.future.done()]  # else its client left or it is too late
         batch, longest = [], 0
-        for row in sorted(self._taken, key=lambda row: abs(len(row.ids) - len(self._taken[0].ids))):
-            longest = max(longest, len(row.ids))
-            if batch and (len(batch) == MAX_ROWS or (len(batch) + 1) * longest > self.budget):
-                break
-            batch.append(row)
+        oldest = self._taken[: self.near]  # which no later one overtakes
+        for row in sorted(oldest, key=lambda row: abs(len(row.ids) - len(oldest[0].ids))):
+            width = max(longest, len(row.ids))
+            if len(batch) < MAX_ROWS and (not batch or (len(batch) + 1) * width <= self.budget):
+                batch.append(row)
+                longest = width
         return batch
 
     def _answer(self, batch):

@@ -266,7 +266,8 @@ def average_gradients(parameters):
     """The mean over all processes, in one message: each gradient becomes a view of it, so none is copied back."""
     import torch
 
-    flat = torch.cat([p.grad.flatten() for p in parameters])
+    # one that a process's rows did not reach has none there, and all must send the same
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
     torch.distributed.all_reduce(flat)
     flat /= torch.distributed.get_world_size()
     for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):

@@ -229,6 +229,7 @@ def try_tree(model, n=12):
             return model(**inputs, use_cache=False).logits[0, -1].float()
 
     tree, _ = tree_batch([[(head, -1), (first, 0), (second, 0)]], 0)
+    tree["attention_mask"] = additive(tree["attention_mask"], model.dtype)
     return last({"input_ids": torch.tensor([head + second])}), last(tree), last({"input_ids": torch.tensor([ids])})
 
 

@@ -5,10 +5,12 @@ set -uo pipefail
 out=$1; mkdir -p "$out/data"
 export OMP_NUM_THREADS=4 HF_HUB_OFFLINE=1 TQDM_MININTERVAL=20
 python creditmix_prepare.py --src data/creditmix_dataset.json --outdir "$out/data" > "$out/prepare.log" || exit 1
-for shape in 1.5b 3b; do python tests/random_model.py $shape "$out/$shape" & done; wait
+for shape in 1.5b 3b; do python tests/random_model.py $shape "$out/$shape" & done
+wait -n && wait -n || exit 1
 measure() {  # NAME ROUTE LAUNCHER... -- FLAG...: its samples/s, seconds and peak from run.json, or the end of its log
   local name=$1 route=$2 launcher=(); shift 2
   while [ "$1" != -- ]; do launcher+=("$1"); shift; done; shift
+  rm -rf "${out:?}/$name"
   if timeout 170 "${launcher[@]}" "${route}_train.py" --data "$out/data/creditmix_$route.jsonl" --dev_rows 8 \
       --eval_steps 1000 --save_dir "$out/$name" "$@" > "$out/$name.log" 2>&1; then
     python - "$out/$name/run.json" "$name" <<'PY'

@@ -55,7 +55,7 @@ class Server:
                 self.process.kill()
         self.process.wait()
 
-    def wait(self, path="/readyz", seconds=120):
+    def wait(self, path="/readyz", seconds=300):
         """Until `path` answers 200; AssertionError with the log when the process ends or the time does."""
         end = time.monotonic() + seconds
         while time.monotonic() < end and self.process.poll() is None:
@@ -64,7 +64,7 @@ class Server:
                     return
             except OSError:
                 pass
-            time.sleep(0.1)
+            time.sleep(0.3)  # each question costs a server that is loading time too
         raise AssertionError(f"{path}: no 200 within {seconds} s\n{self.log.read_text()[-4000:]}")
 
     def connect(self, timeout=60):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from common import LabelScorer, load_base
 from distill import trees
 from distill.embedded import embedded_student
-from distill.trees import why_no_trees
+from distill.trees import ignores_mask, why_no_trees
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +71,17 @@ def test_trainer_and_scorer_try_a_model_once(folders, task, monkeypatch):
     assert why_no_trees(model, 100) is None and LabelScorer(model, tokenizer, task.labels).trees and tried == [model]
 
 
-def test_attention_that_adds_a_boolean_mask_as_numbers_is_found_out(folders):
-    model, _ = load_base(folders("phi3"), "fp32")
+def test_eager_attention_takes_trees_and_one_that_drops_the_mask_is_found_out(folders, task):
+    model, tokenizer = load_base(folders("phi3"), "fp32")
     model.set_attn_implementation("eager")
-    assert why_no_trees(model) == "its attention does not heed the mask"
+    scorer = LabelScorer(model, tokenizer, ("Good", "Good enough", "Bad"))
+    assert scorer.trees
+    ids = tokenizer([task.prompt(f"Age: {age}") for age in (20, 3)])["input_ids"]
+    with torch.no_grad():
+        assert (scorer.logits(ids) - scorer.logits_apart(ids)).abs().max() < 1e-3
+    forward = model.forward
+    model.forward = lambda *args, attention_mask=None, **kwargs: forward(*args, **kwargs)
+    assert ignores_mask(model) == "its attention does not heed the mask"
 
 
 @pytest.mark.parametrize("name", ["gemma3", "mamba"])

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from serving import LONG, ROOT, Server, rows
@@ -318,6 +319,21 @@ def test_rows_of_a_client_that_left_are_dropped(narrow):
         time.sleep(0.05)
     assert narrow.metric('serve_rejections_total{reason="client gone"}') == 1
     assert narrow.metric("serve_batch_rows_sum") - before < 200
+
+
+def test_a_pass_takes_the_oldest_row_and_those_nearest_to_it_in_length():
+    from serve_creditmix import Engine, Row
+
+    given = [Row("sft", [0] * n, 0.0, concurrent.futures.Future()) for n in (100, 180, 90, 95, 101, 30)]
+    given[3].future.set_result(None)  # nobody waits for it any more
+    engine = SimpleNamespace(_taken=given, budget=310, near=5)
+    assert [len(row.ids) for row in Engine._choose(engine)] == [100, 101, 90]  # 3 x 101 tokens fit, 4 x 101 do not
+    assert [len(row.ids) for row in engine._taken] == [100, 180, 90, 101, 30]
+    engine.near = 4  # the last one is too young to overtake
+    engine.budget = 405
+    assert [len(row.ids) for row in Engine._choose(engine)] == [100, 101, 90]
+    engine.budget = 50
+    assert [len(row.ids) for row in Engine._choose(engine)] == [100]
 
 
 def test_what_would_come_too_late_is_refused_at_once(narrow):
