@@ -20,6 +20,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import hmac
+import io
 import itertools
 import json
 import logging
@@ -482,7 +483,9 @@ class Gate:
 
 @contextlib.asynccontextmanager
 async def lifespan(app):
-    LOG.handlers, LOG.propagate = [logging.StreamHandler(sys.stdout)], False
+    # past sys.stdout's buffer: what a full disk refuses would stay in it, and in the end a print fails in its place
+    stream = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), encoding="utf-8", write_through=True)
+    LOG.handlers, LOG.propagate = [logging.StreamHandler(stream)], False
     LOG.setLevel(logging.INFO)
     sys.setswitchinterval(5e-4)  # else the loop waits 5 ms for the interpreter at each step while the model computes
     engine = app.state.engine = Engine(settings(), getattr(app.state, "on_failure", lambda: None))

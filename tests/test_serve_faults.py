@@ -41,7 +41,11 @@ def server(tiny, tiny_adapter, tmp_path_factory):
     if FAKETIME:
         env |= {"LD_PRELOAD": FAKETIME, "FAKETIME_TIMESTAMP_FILE": clock, "FAKETIME_CACHE_DURATION": 1}
         env |= {"FAKETIME_DONT_FAKE_MONOTONIC": 1}
-    with open("/dev/full", "w") as full, Server(home, stdout=full, DEADLINE=20, **env) as running:
+    with open("/dev/full", "w") as full, Server(home, stdout=full, ready=False, DEADLINE=20, **env) as running:
+        running.wait("/healthz")
+        for _ in range(60):  # more lines than a buffer holds before the model has loaded
+            running.request("GET", "/healthz")
+        running.wait()
         running.clock = clock
         yield running
         assert running.process.poll() is None
