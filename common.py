@@ -371,9 +371,11 @@ class LabelScorer:
     def _score(self, rows, adapters):
         import torch
 
+        from distill.head import fp32_logits
+
         n = len(self.head)
         cache, trees = None, self.trees and max(map(len, rows)) + len(self.trie.nodes) <= self.window
-        with torch.inference_mode():
+        with torch.inference_mode(), fp32_logits(self.model):
             if trees and n and all(r[:n] == self.head for r in rows):
                 cache = self._head_cache(adapters or [None] * len(rows))
                 rows = [r[n:] for r in rows]
@@ -381,7 +383,8 @@ class LabelScorer:
                 logits = self.logits(rows, cache, n if cache else 0, adapters)
             else:
                 logits = self.logits_apart(rows, adapters)
-            return self.trie.scores(logits).cpu().numpy()
+            # its log-softmax in parts: with a large vocabulary it is as large as the model's other activations
+            return torch.cat([self.trie.scores(part) for part in logits.split(32)]).cpu().numpy()
 
     def logits(self, rows, cache=None, head=0, adapters=None):
         """Logits [B, 1 + M, V] where a label token is predicted, for B token id lists."""

@@ -131,6 +131,7 @@ def distribution_trainer(trainer, trie, args):
     import torch
     from torch.utils.checkpoint import checkpoint
 
+    from distill.head import fp32_logits
     from distill.trees import additive, pack_prompts
 
     class Distribution(trainer):
@@ -150,7 +151,8 @@ def distribution_trainer(trainer, trie, args):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             teacher, gold, at = inputs.pop("teacher"), inputs.pop("gold"), inputs.pop("label_logits_at")
             inputs["attention_mask"] = additive(inputs["attention_mask"], self.model.dtype)
-            logits = model(**inputs, use_cache=False).logits.flatten(0, -2)[at]
+            with fp32_logits(self.model):
+                logits = model(**inputs, use_cache=False).logits.flatten(0, -2)[at]
             # their log-softmax is made again on the way back, a part at a time: all at once is too large
             parts = [checkpoint(trie.scores, part, use_reentrant=False) for part in logits.split(32)]
             return distribution_loss(torch.cat(parts), teacher, gold, args.temperature, args.alpha)

@@ -156,6 +156,7 @@ class Engine:
         self.status, self.failure = "loading", ""
         self.queue = queue.Queue()  # of rows, bounded by admit(), and of commands, which always get in
         self.computing, self.seconds_per_row = 0, 0.0  # rows in the forward pass; a running mean
+        self.most = MAX_ROWS  # of a batch; fewer once the GPU had no room for so many
         self.back, self.expected = 0.0, 0  # when answered clients should be back, and then so many rows wait
         self._taken, self._command = [], None  # from the queue, by the owner: rows, oldest first, and what runs next
         self._generation = itertools.count(1)
@@ -323,9 +324,20 @@ class Engine:
         self.scorer = LabelScorer(self.model, self.tokenizer, task.labels, task.null_prompts())
 
     def _score(self, ids, adapters):
+        """Raw scores [N, L]. Rows that the GPU has no room for are halved, and no later batch is larger."""
+        import torch
         from peft import PeftModel  # a base that no adapter loaded on is none, and takes no names
 
-        return self.scorer.score_ids(ids, adapters if isinstance(self.model, PeftModel) else None)
+        try:
+            return self.scorer.score_ids(ids, adapters if isinstance(self.model, PeftModel) else None)
+        except torch.OutOfMemoryError:
+            if len(ids) == 1:
+                raise
+        torch.cuda.empty_cache()
+        half = len(ids) // 2
+        self.most = min(self.most, len(ids) - half)
+        log("out of memory", rows=len(ids), rows_of_a_batch_from_now_on=self.most)
+        return np.concatenate([self._score(ids[:half], adapters[:half]), self._score(ids[half:], adapters[half:])])
 
     def _prior(self, task, adapter="__base__"):
         ids = common.prompt_ids(self.tokenizer, task.null_prompts())
@@ -336,15 +348,17 @@ class Engine:
 
         The first request then costs what the hundredth does.
         """
-        texts = [f"{text} {text}" for text in self.config.task.null_inputs]  # about as long as what will be asked
-        ids = common.prompt_ids(self.tokenizer, [self.config.task.prompt(text) for text in texts])
-        ids = [own[: self.longest] for own in ids]
         names = [lane.adapter for lane in self.lanes.values() if lane.state == "ready"]
-        sizes = [len(names), 1] if self.model.device.type == "cpu" else [2**i for i in range(MAX_ROWS.bit_length())]
-        for n in sizes:
+        sizes, lengths = [2**i for i in range(MAX_ROWS.bit_length())], (1, 2)
+        if self.model.device.type == "cpu":
+            sizes, lengths = [len(names), 1], (2,)
+        for n, times in itertools.product(sizes, lengths):  # rows asked for are once to twice as long
+            texts = [", ".join([text] * times) for text in self.config.task.null_inputs]
+            ids = common.prompt_ids(self.tokenizer, [self.config.task.prompt(text) for text in texts])
+            ids = [own[: self.longest] for own in ids]
             try:
                 self._score([ids[i % len(ids)] for i in range(n)], [names[i % len(names)] for i in range(n)])
-            except Exception as e:  # out of memory, for one; smaller batches are served all the same
+            except Exception as e:  # smaller batches are served all the same
                 log("not warmed up", rows=n, detail=one_line(e))
                 break
 
@@ -384,7 +398,7 @@ class Engine:
         oldest = self._taken[: self.near]  # which no later one overtakes
         for row in sorted(oldest, key=lambda row: abs(len(row.ids) - len(oldest[0].ids))):
             width = max(longest, len(row.ids))
-            if len(batch) < MAX_ROWS and (not batch or (len(batch) + 1) * width <= self.budget):
+            if len(batch) < self.most and (not batch or (len(batch) + 1) * width <= self.budget):
                 batch.append(row)
                 longest = width
         return batch
@@ -398,7 +412,7 @@ class Engine:
                 of_model = answers(lane.task, raw[rows], lane.prior, lane.calibration, model)
                 for i, answer in zip(rows, of_model, strict=True):
                     found[i] = answer
-        except Exception as e:  # out of memory, for one; the next batch may do
+        except Exception as e:  # the next batch may do
             log("batch failed", rows=len(batch), detail=one_line(e))
             found = [HTTPException(500, "the model failed; the server's log says why")] * len(batch)
         BATCH.observe(len(batch))

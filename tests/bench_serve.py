@@ -43,7 +43,8 @@ def main(args):
         env |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"), "DEADLINE": 600}  # slow CPUs: 2 rows/s
         with Server(home, BASE_MODEL=args.base, **env) as server:
             first = [timed(server.infer, *asked[0])[1] for _ in range(20)]
-            times, worst, passes = {"offline": [], "narrow": [], "served": [], "single": []}, 0.0, np.zeros(2)
+            kinds = ("offline", "narrow", "served", "lists", "single")
+            times, worst, passes = {kind: [] for kind in kinds}, 0.0, np.zeros(2)
             for i in range(args.rounds):
                 share = asked[i * 64 % args.rows :][:64]
                 seconds, alone = one_at_a_time(server, share)
@@ -54,16 +55,21 @@ def main(args):
                 seconds, found = at_once(server, asked, args.clients)
                 passes += batches(server)
                 times["served"].append(seconds / args.rows)
+                times["lists"].append(timed(in_lists, server, asked, args)[1] / args.rows)
                 for got, want in zip(found[i * 64 % args.rows :], alone, strict=False):
                     worst = max(worst, *(abs(got["scores"][label] - want["scores"][label]) for label in task.labels))
             peak = server.metric("serve_gpu_peak_bytes") / 2**30
-    scored, narrowly, served, single = (1 / np.median(seconds) for seconds in times.values())
+    scored, narrowly, served, listed, single = (1 / np.median(seconds) for seconds in times.values())
     print(f"{args.base}, {model.precision} on {model.device}, {args.rows} rows, {args.clients} clients, 4 models")
     print(f"one at a time {single:.1f} rows/s, served {served:.1f} rows/s, offline scorer {scored:.1f} rows/s")
     print(f"served / one at a time {served / single:.2f}x, served / offline {served / scored:.2f}x")
     print(
         f"offline with passes of at most {args.clients} rows, which is all that so many clients wait for at once: "
         f"{narrowly:.1f} rows/s, served / that {served / narrowly:.2f}x"
+    )
+    print(
+        f"the same rows in lists of {args.list} (POST /infer/MODEL/batch): {listed:.1f} rows/s, "
+        f"{listed / scored:.2f}x offline"
     )
     print(f"largest difference of a score from the single request's: {worst:.1e} over {64 * args.rounds} rows")
     print(f"rows a forward pass: {passes[1] / passes[0]:.1f}")
@@ -140,10 +146,19 @@ def at_once(server, asked, clients):
     return seconds, [found[i % clients][i // clients] for i in range(len(asked))]
 
 
+def in_lists(server, asked, args):
+    """The rows as requests of args.list rows of one model, from as many clients as before."""
+    by_model = [[text for model, text in asked if model == name] for name in MODELS]
+    size = args.list
+    lists = [(m, own[i : i + size]) for m, own in zip(MODELS, by_model, strict=True) for i in range(0, len(own), size)]
+    at_once(server, sorted(lists, key=lambda one: one[1][0]), args.clients)  # mixed, not model after model
+
+
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--base", default=EMBEDDED, help="base model (default: %(default)s)")
     p.add_argument("--rows", type=int, default=128, help="rows a round, at least 64; a GPU wants 8192 (default: 128)")
     p.add_argument("--clients", type=int, default=64, help="concurrent clients (default: 64)")
+    p.add_argument("--list", type=int, default=8, help="rows of a list request (default: 8)")
     p.add_argument("--rounds", type=int, default=3, help="rounds of offline and served; medians count (default: 3)")
     cli(main, p.parse_args())

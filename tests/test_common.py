@@ -185,6 +185,30 @@ def test_the_real_student_agrees_too(task):
     assert np.abs(found - expected).max() < 1e-3
 
 
+def test_scores_in_bf16_come_from_logits_that_are_not_rounded(tiny, task):
+    from distill.head import fp32_logits
+
+    model, tokenizer = load_model(tiny, precision="bf16")
+    ids, weight = torch.tensor([[5, 6, 7]]), model.get_output_embeddings().weight
+    with torch.no_grad():
+        hidden = model.model(ids).last_hidden_state
+        with fp32_logits(model):
+            logits = model(ids).logits
+        assert model(ids).logits.dtype == torch.bfloat16  # only where a label is scored
+    exact = hidden.float() @ weight.float().T
+    assert logits.dtype == torch.float32 and torch.allclose(logits, exact, atol=1e-5)
+    assert (exact.bfloat16().float() - exact).abs().max() > 1e-3  # what rounding would have changed
+    hidden.requires_grad_()
+    with fp32_logits(model):
+        model.get_output_embeddings()(hidden)[0, 0, 9].backward()
+    assert torch.equal(hidden.grad[0, 0], weight[9]) and not hidden.grad[0, 1:].any()
+    scorer, seen = LabelScorer(model, tokenizer, task.labels, task.null_prompts()), []
+    scores = scorer.trie.scores
+    scorer.trie.scores = lambda logits: seen.append(logits.dtype) or scores(logits)
+    scorer.score([task.prompt("x")] * 33)
+    assert seen == [torch.float32] * 2  # 32 rows at once
+
+
 def test_a_label_that_begins_another_is_scored_with_its_end(tiny):
     from transformers import AutoTokenizer
 

@@ -13,6 +13,7 @@ import threading
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from serving import LONG, ROOT, Server, rows
 
@@ -326,14 +327,37 @@ def test_a_pass_takes_the_oldest_row_and_those_nearest_to_it_in_length():
 
     given = [Row("sft", [0] * n, 0.0, concurrent.futures.Future()) for n in (100, 180, 90, 95, 101, 30)]
     given[3].future.set_result(None)  # nobody waits for it any more
-    engine = SimpleNamespace(_taken=given, budget=310, near=5)
+    engine = SimpleNamespace(_taken=given, budget=310, near=5, most=128)
     assert [len(row.ids) for row in Engine._choose(engine)] == [100, 101, 90]  # 3 x 101 tokens fit, 4 x 101 do not
     assert [len(row.ids) for row in engine._taken] == [100, 180, 90, 101, 30]
     engine.near = 4  # the last one is too young to overtake
     engine.budget = 405
     assert [len(row.ids) for row in Engine._choose(engine)] == [100, 101, 90]
+    engine.most = 2
+    assert [len(row.ids) for row in Engine._choose(engine)] == [100, 101]
     engine.budget = 50
     assert [len(row.ids) for row in Engine._choose(engine)] == [100]
+
+
+def test_a_batch_without_room_is_halved_and_no_later_one_is_larger():
+    import torch
+
+    from serve_creditmix import Engine
+
+    class Scorer:  # of a GPU with room for three rows
+        def score_ids(self, ids, adapters):
+            if len(ids) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return np.array([[own[0], -own[0]] for own in ids])
+
+    engine = object.__new__(Engine)
+    engine.scorer, engine.model, engine.most = Scorer(), None, 128
+    found = engine._score([[i] for i in range(9)], ["__base__"] * 9)
+    assert found.tolist() == [[i, -i] for i in range(9)] and engine.most == 3
+    engine.scorer.score_ids = lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(torch.OutOfMemoryError):  # not even one
+        engine._score([[1], [2]], ["__base__"] * 2)
+    assert engine.most == 1
 
 
 def test_what_would_come_too_late_is_refused_at_once(narrow):
