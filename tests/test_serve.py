@@ -353,7 +353,7 @@ def test_a_batch_without_room_is_halved_and_no_later_one_is_larger():
     engine = object.__new__(Engine)
     engine.scorer, engine.model, engine.most = Scorer(), None, 128
     found = engine._score([[i] for i in range(9)], ["__base__"] * 9)
-    assert found.tolist() == [[i, -i] for i in range(9)] and engine.most == 3
+    assert found.tolist() == [[i, -i] for i in range(9)] and engine.most == 2  # 9 = 4 + 5, 4 = 2 + 2
     engine.scorer.score_ids = lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(torch.OutOfMemoryError):  # not even one
         engine._score([[1], [2]], ["__base__"] * 2)
