@@ -291,4 +291,4 @@ if __name__ == "__main__":
     p.add_argument("--out_dir", type=Path, default=ROOT / "data", help="folder of the three files (default data)")
     p.add_argument("--limit", type=int, help="only the first tasks, to try it out (default: all)")
     p.add_argument("--seed", type=int, default=SEED, help=f"of the choice of mutants (default {SEED})")
-    cli(main, p.parse_args())
+    cli(main, p)

@@ -287,4 +287,4 @@ if __name__ == "__main__":
     )
     parser.add_argument("--val_frac", type=float, default=VAL_FRAC, help="customers held out; default %(default)s")
     parser.add_argument("--task", default=TASK, help="labels and instruction; default data/creditmix_task.json")
-    cli(main, parser.parse_args())
+    cli(main, parser)

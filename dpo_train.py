@@ -142,4 +142,4 @@ if __name__ == "__main__":
         help="of an SFT term that holds the chosen answers (default: 1)",
     )
     parser.add_argument("--init_adapter", type=Path, help="start from this adapter; it is then the reference too")
-    cli(main, parser.parse_args())
+    cli(main, parser)

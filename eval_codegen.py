@@ -234,4 +234,4 @@ if __name__ == "__main__":
     p.add_argument("--reference", action="store_true", help="run the reference solutions and `return None` instead")
     p.add_argument("--allow_overlap", action="store_true", help="evaluate although problems were trained on; reported")
     add_sampling_arguments(p)
-    cli(main, p.parse_args())
+    cli(main, p)

@@ -386,4 +386,4 @@ if __name__ == "__main__":
     p.add_argument("--allow_overlap", action="store_true", help="evaluate on trained rows all the same, and say so")
     p.add_argument("--precision", choices=["auto", "nf4", "bf16", "fp32"], default="auto", help="of the base model")
     p.add_argument("--out", type=Path, help="folder of the report; default: runs/reports/TIME")
-    cli(main, p.parse_args())
+    cli(main, p)

@@ -327,4 +327,4 @@ if __name__ == "__main__":
     p.add_argument(
         "--allow_overlap", action="store_true", help="evaluate on trained documents all the same, and say so"
     )
-    cli(main, p.parse_args())
+    cli(main, p)

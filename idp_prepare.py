@@ -333,4 +333,4 @@ if __name__ == "__main__":
     p.add_argument("--group_field", default="company", help="the gold's field that names the group (default company)")
     p.add_argument("--val_frac", type=float, default=0.33, help="share of the groups held out (default 0.33)")
     p.add_argument("--seed", type=int, default=SEED, help=f"of split, generation and mistakes (default {SEED})")
-    cli(main, p.parse_args())
+    cli(main, p)

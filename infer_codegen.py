@@ -365,4 +365,4 @@ if __name__ == "__main__":
     p.add_argument("--input", type=Path, help="JSONL of prompts (and tests), instead of --prompt")
     p.add_argument("--output", type=Path, help="JSONL of samples for --input; a stopped run goes on where it was")
     add_sampling_arguments(p)
-    cli(main, p.parse_args())
+    cli(main, p)

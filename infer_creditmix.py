@@ -71,4 +71,4 @@ if __name__ == "__main__":
     p.add_argument("--output", type=Path, help="JSONL file of the answers, written whole at the end")
     p.add_argument("--task", type=Path, default=Path("data/creditmix_task.json"), help="for a model without task.json")
     p.add_argument("--precision", choices=["auto", "nf4", "bf16", "fp32"], default="auto", help="of the base model")
-    cli(main, p.parse_args())
+    cli(main, p)

@@ -327,4 +327,4 @@ if __name__ == "__main__":
         "--batch_size", type=positive(int), default=8, help="documents at once (default 8): memory against time"
     )
     p.add_argument("--lenient", action="store_true", help="take keywords that cannot be enforced: validate and retry")
-    cli(main, p.parse_args())
+    cli(main, p)

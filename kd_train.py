@@ -251,4 +251,4 @@ if __name__ == "__main__":
     parser.add_argument(
         "--alpha", type=between(float, 0, 1), default=0.0, help="share of gold label or given token (default: 0)"
     )
-    cli(main, parser.parse_args())
+    cli(main, parser)

@@ -716,4 +716,4 @@ if __name__ == "__main__":
     p.add_argument(
         "--gpus", type=float, default=0, help="a replica's share of GPUs under Ray, such as 0.5 (default: 0)"
     )
-    common.cli(main, p.parse_args())
+    common.cli(main, p)

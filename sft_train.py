@@ -52,4 +52,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, "data/creditmix_sft.jsonl", "runs/creditmix_sft", 2e-4)
     add_noise_argument(parser)
-    cli(main, parser.parse_args())
+    cli(main, parser)

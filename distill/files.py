@@ -17,11 +17,16 @@ class UserError(Exception):
     """Something the user can mend. The message is one line: file, line, field, what was expected."""
 
 
-def cli(main, args):
-    """Run `main(args)` as a script does: a UserError or an operating-system error is one line and exit code 2.
+def cli(main, parser):
+    """Run `main` with the command line's arguments: what the user can mend is one line and exit code 2.
 
-    Of several processes (`accelerate launch`) the first one alone prints what is no error.
+    That is a UserError, an operating-system error, or a flag that `parser` refuses; a flag must be written out, or
+    --mode would be taken for --model_dir. Of several processes (`accelerate launch`) the first one alone prints what
+    is no error.
     """
+    parser.allow_abbrev = False
+    parser.error = lambda message: parser.exit(2, f"error: {message} (--help lists the flags)\n")
+    args = parser.parse_args()
     if int(os.environ.get("RANK", 0)):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:

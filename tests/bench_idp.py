@@ -190,4 +190,4 @@ if __name__ == "__main__":
     p.add_argument("--every", type=int, default=10, help="the model on every n-th accepted one (default 10: minutes)")
     p.add_argument("--limit", type=int, help="only the first n schemas (default: all)")
     p.add_argument("--seed", type=int, default=0, help="of random logits, documents and sampling (default 0)")
-    cli(main, p.parse_args())
+    cli(main, p)

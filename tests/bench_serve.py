@@ -161,4 +161,4 @@ if __name__ == "__main__":
     p.add_argument("--clients", type=int, default=64, help="concurrent clients (default: 64)")
     p.add_argument("--list", type=int, default=8, help="rows of a list request (default: 8)")
     p.add_argument("--rounds", type=int, default=3, help="rounds of offline and served; medians count (default: 3)")
-    cli(main, p.parse_args())
+    cli(main, p)

@@ -51,4 +51,4 @@ if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("shape", choices=SHAPES)
     p.add_argument("folder", type=Path)
-    cli(main, p.parse_args())
+    cli(main, p)

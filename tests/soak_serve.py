@@ -107,4 +107,4 @@ if __name__ == "__main__":
     p.add_argument("--base", default=EMBEDDED, help="base model (default: %(default)s)")
     p.add_argument("--minutes", type=float, default=10, help="length of the overload (default: 10)")
     p.add_argument("--factor", type=float, default=4, help="arrivals as a multiple of capacity (default: 4)")
-    cli(main, p.parse_args())
+    cli(main, p)

@@ -335,3 +335,15 @@ def test_a_fit_survives_its_file_and_a_bad_file_is_named(tmp_path, task):
     (tmp_path / "calibration.json").write_text('{"w": 1, "b": {"Good": 0}, "T": 1}')
     with pytest.raises(UserError, match="expected one number for each of"):
         Calibration.load(tmp_path, task)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model_dir", "a", "--features", "b", "--mode", "c"], "unrecognized arguments: --mode c"),
+        (["--features", "b"], "the following arguments are required: --model_dir"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_none_is_guessed(run, flags, message):
+    done = run("infer_creditmix.py", *flags)
+    assert done.returncode == 2 and done.stderr == f"error: {message} (--help lists the flags)\n"
