@@ -32,6 +32,7 @@ from distill.files import (  # noqa: F401 - every stage takes these from here
     write_jsonl,
 )
 from distill.hardware import choose_precision, device
+from distill.hub import look_up
 
 # transformers warns of what it does itself
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
@@ -163,6 +164,7 @@ def base_config(name):
     from transformers import AutoConfig, AutoTokenizer
 
     path = embedded_student() if name == EMBEDDED else name
+    look_up(path)
     try:
         config = AutoConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)

@@ -258,6 +258,20 @@ def test_unknown_model_without_network():
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("name", ["runs/not_trained_yet", "/no/such", "./model", "a/b/c"])
+def test_a_folder_that_is_not_there_is_not_asked_of_the_hub(name):
+    with pytest.raises(UserError, match=f"^{name}: no such folder; expected a trained adapter"):
+        load_model(name)
+
+
+def test_a_hub_that_cannot_be_reached_is_not_asked_again_and_again(run):
+    unreachable = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "https://hub.invalid"}
+    unreachable |= dict.fromkeys(("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "")
+    done = run("infer_creditmix.py", "--model_dir", "nobody/nothing", "--features", "x", env=unreachable)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: nobody/nothing: neither a model folder nor a model that the hub gave")
+
+
 @pytest.mark.parametrize(("field", "value"), [("hidden_size", "x"), ("hidden_size", 65), ("vocab_size", 7)])
 def test_a_model_folder_with_a_broken_config(tiny, tmp_path, field, value):
     import shutil
