@@ -3,6 +3,7 @@
 Nothing here is run by itself; `python sft_train.py --help` and the README show the stages.
 """
 
+import contextlib
 import functools
 import os
 import sys
@@ -377,7 +378,7 @@ class LabelScorer:
 
         n = len(self.head)
         cache, trees = None, self.trees and max(map(len, rows)) + len(self.trie.nodes) <= self.window
-        with torch.inference_mode(), fp32_logits(self.model):
+        with torch.inference_mode(), fp32_logits(self.model) if trees else contextlib.nullcontext():
             if trees and n and all(r[:n] == self.head for r in rows):
                 cache = self._head_cache(adapters or [None] * len(rows))
                 rows = [r[n:] for r in rows]
@@ -385,7 +386,7 @@ class LabelScorer:
                 logits = self.logits(rows, cache, n if cache else 0, adapters)
             else:
                 logits = self.logits_apart(rows, adapters)
-            # its log-softmax in parts: with a large vocabulary it is as large as the model's other activations
+            # in parts, since the log-softmax over a large vocabulary is as large as all other activations
             return torch.cat([self.trie.scores(part) for part in logits.split(32)]).cpu().numpy()
 
     def logits(self, rows, cache=None, head=0, adapters=None):

@@ -52,6 +52,8 @@ from distill.boosting import boost
 from distill.hardware import device
 from distill.report import run_record
 
+SCORER = 2  # raised when a change of the scorer changes scores: those kept from before are then made again
+
 
 def main(args):
     if int(os.environ.get("RANK", 0)):  # under `accelerate launch` one process evaluates, since models are small
@@ -189,7 +191,7 @@ def score(name, task, held, dev, out, args):
     )
     weights = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     prompts = [task.prompt(r["question"]) for r in held] + [r["input"] for r in dev]
-    key = sha256(json.dumps([name, weights, asdict(task), args.precision, str(device()), prompts]))
+    key = sha256(json.dumps([SCORER, name, weights, asdict(task), args.precision, str(device()), prompts]))
     cache = out / f".scores-{key[:16]}.json"
     if cache.is_file():
         found = json.loads(cache.read_text(encoding="utf-8"))

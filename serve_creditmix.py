@@ -156,7 +156,6 @@ class Engine:
         self.status, self.failure = "loading", ""
         self.queue = queue.Queue()  # of rows, bounded by admit(), and of commands, which always get in
         self.computing, self.seconds_per_row = 0, 0.0  # rows in the forward pass; a running mean
-        self.most = MAX_ROWS  # of a batch; fewer once the GPU had no room for so many
         self.back, self.expected = 0.0, 0  # when answered clients should be back, and then so many rows wait
         self._taken, self._command = [], None  # from the queue, by the owner: rows, oldest first, and what runs next
         self._generation = itertools.count(1)
@@ -246,7 +245,8 @@ class Engine:
         self.model, self.tokenizer = common.load_model(self.config.base)
         # the scorer cuts batches at so many padded tokens; one collected here is then one forward pass
         cpu = self.model.device.type == "cpu"
-        self.budget, self.come_back, self.near = (2048, 0.0, 64) if cpu else (16384, COME_BACK, 2 * MAX_ROWS)
+        self.tokens, self.come_back, self.near = (2048, 0.0, 64) if cpu else (16384, COME_BACK, 2 * MAX_ROWS)
+        self.budget = self.tokens  # of a batch; fewer for a while where the GPU had no room for so many
         self._renew_scorer()
         self.longest = self.model.config.max_position_embeddings - len(self.scorer.trie.nodes)
         task = self.config.task
@@ -324,20 +324,9 @@ class Engine:
         self.scorer = LabelScorer(self.model, self.tokenizer, task.labels, task.null_prompts())
 
     def _score(self, ids, adapters):
-        """Raw scores [N, L]. Rows that the GPU has no room for are halved, and no later batch is larger."""
-        import torch
         from peft import PeftModel  # a base that no adapter loaded on is none, and takes no names
 
-        try:
-            return self.scorer.score_ids(ids, adapters if isinstance(self.model, PeftModel) else None)
-        except torch.OutOfMemoryError:
-            if len(ids) == 1:
-                raise
-        torch.cuda.empty_cache()
-        half = len(ids) // 2
-        self.most = min(self.most, len(ids) - half)
-        log("out of memory", rows=len(ids), rows_of_a_batch_from_now_on=self.most)
-        return np.concatenate([self._score(ids[:half], adapters[:half]), self._score(ids[half:], adapters[half:])])
+        return self.scorer.score_ids(ids, adapters if isinstance(self.model, PeftModel) else None)
 
     def _prior(self, task, adapter="__base__"):
         ids = common.prompt_ids(self.tokenizer, task.null_prompts())
@@ -352,13 +341,13 @@ class Engine:
         sizes, lengths = [2**i for i in range(MAX_ROWS.bit_length())], (1, 2)
         if self.model.device.type == "cpu":
             sizes, lengths = [len(names), 1], (2,)
-        for n, times in itertools.product(sizes, lengths):  # rows asked for are once to twice as long
+        for n, times in itertools.product(sizes, lengths):  # rows with values are some once to twice as long
             texts = [", ".join([text] * times) for text in self.config.task.null_inputs]
             ids = common.prompt_ids(self.tokenizer, [self.config.task.prompt(text) for text in texts])
             ids = [own[: self.longest] for own in ids]
             try:
                 self._score([ids[i % len(ids)] for i in range(n)], [names[i % len(names)] for i in range(n)])
-            except Exception as e:  # smaller batches are served all the same
+            except Exception as e:  # out of memory, for one; smaller batches are served all the same
                 log("not warmed up", rows=n, detail=one_line(e))
                 break
 
@@ -398,13 +387,16 @@ class Engine:
         oldest = self._taken[: self.near]  # which no later one overtakes
         for row in sorted(oldest, key=lambda row: abs(len(row.ids) - len(oldest[0].ids))):
             width = max(longest, len(row.ids))
-            if len(batch) < self.most and (not batch or (len(batch) + 1) * width <= self.budget):
+            if len(batch) < MAX_ROWS and (not batch or (len(batch) + 1) * width <= self.budget):
                 batch.append(row)
                 longest = width
         return batch
 
     def _answer(self, batch):
-        started, found = time.monotonic(), [None] * len(batch)
+        """Score a batch and deliver its answers; one that the GPU has no room for by halves."""
+        import torch
+
+        started, found, too_large = time.monotonic(), [None] * len(batch), False
         try:
             raw = self._score([row.ids for row in batch], [self.lanes[row.model].adapter for row in batch])
             for model in {row.model for row in batch}:
@@ -412,14 +404,22 @@ class Engine:
                 of_model = answers(lane.task, raw[rows], lane.prior, lane.calibration, model)
                 for i, answer in zip(rows, of_model, strict=True):
                     found[i] = answer
+            self.budget = min(self.tokens, 1.01 * self.budget)
         except Exception as e:  # the next batch may do
-            log("batch failed", rows=len(batch), detail=one_line(e))
+            too_large = isinstance(e, torch.OutOfMemoryError) and len(batch) > 1
+            log("batch too large" if too_large else "batch failed", rows=len(batch), detail=one_line(e))
             found = [HTTPException(500, "the model failed; the server's log says why")] * len(batch)
+        if too_large:  # behind the except, which holds the tensors of the pass that failed
+            torch.cuda.empty_cache()
+            self.budget = len(batch) * max(len(row.ids) for row in batch) / 2
+            half = len(batch) // 2
+            self._answer(batch[:half])
+            return self._answer(batch[half:])
         BATCH.observe(len(batch))
         now = time.monotonic()
         self.back, self.expected = now + self.come_back * (now - started), len(batch) + self.waiting()
         self.seconds_per_row += 0.2 * ((now - started) / len(batch) - self.seconds_per_row)
-        self.computing = 0
+        self.computing -= len(batch)
         self.loop.call_soon_threadsafe(deliver, batch, found)
 
 

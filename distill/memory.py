@@ -23,7 +23,7 @@ def expected_memory(config, precision, shape, lora_r, checkpointing):
     """GiB of tensors at the peak of a training step, from the config alone.
 
     shape: (trees or rows B, width L, trained tokens K) of a micro-batch (trees.packed_shape). Not in it: the CUDA
-    context (some 0.4 GiB), what the allocator reserves beyond the tensors (a seventh to two fifths), and the state of a
+    context (some 0.4 GiB), what the allocator reserves beyond the tensors (up to two thirds), and the state of a
     paged optimizer, which torch does not allocate. The three coefficients were fitted on tests/bench_train.py.
     """
     c = config.get_text_config()
@@ -61,12 +61,12 @@ def longest_texts(tokenizer, rows, n, max_len):
 
 
 def expected_to_fit(args, model, rows, n):
-    """(rows at once, times accumulated): as many of n rows at once as are expected to leave a quarter of the memory."""
+    """(rows at once, times accumulated): as many of n rows at once as should leave two fifths of the memory."""
     longest, cap = sorted((r["input_ids"] for r in rows), key=len, reverse=True), cap_memory(args.max_vram_gb)
     for micro in (m for m in range(n, 0, -1) if n % m == 0):
         texts = longest[:micro] * (2 if "chosen_ids" in rows[0] else 1)
         gib, _ = expected_step(args, model.config, model.precision, (texts, [2] * len(texts)))
-        if gib < 0.75 * cap:  # the allocator reserves a seventh to two fifths more than the tensors
+        if gib < 0.6 * cap:  # the allocator reserves up to two thirds more than the tensors
             break
     return micro, n // micro
 

@@ -199,6 +199,10 @@ def trainer_class(trainer, task, dev):
         needs_trees = False
 
         def __init__(self, *args, **kwargs):
+            config = kwargs["args"]
+            if config.n_gpu > 1:  # one process would copy the model to all of them and multiply the batch
+                print(f"one of {config.n_gpu} GPUs is used; all of them: accelerate launch {Path(sys.argv[0]).name}")
+                config._n_gpu = 1
             super().__init__(*args, **kwargs)
             self.share()
             trainable = [p for p in self.model.parameters() if p.requires_grad]

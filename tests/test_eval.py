@@ -142,7 +142,7 @@ def test_a_model_that_cannot_be_is_told_before_another_is_scored(run, tiny, tiny
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(UserError, match=r"adapter_model\.safetensors: damaged: "):
         check_models([tiny, broken])
-    with pytest.raises(UserError, match="nowhere: neither a model folder nor"):
+    with pytest.raises(UserError, match="nowhere: no such folder"):
         check_models([tiny, tiny_adapter("sft"), tmp_path / "nowhere"])
 
 

@@ -356,7 +356,8 @@ def test_bad_input_is_one_line_and_exit_code_2_before_a_model_loads(capsys, tmp_
     (tmp_path / "d.txt").write_bytes(document)
     paths = {"schema": tmp_path / "s.json", "input": tmp_path / "d.txt", "document": None, "output": None}
     with pytest.raises(SystemExit) as stop:
-        cli(main, SimpleNamespace(model_dir="no-such-model", lenient=False, **paths))
+        given = SimpleNamespace(model_dir="no-such-model", lenient=False, **paths)
+        cli(main, SimpleNamespace(parse_args=lambda: given))
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and out == ""
     assert message in err and len(err.splitlines()) == 1

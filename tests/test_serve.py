@@ -3,6 +3,7 @@
 import concurrent.futures
 import importlib.util
 import json
+import queue
 import re
 import shutil
 import signal
@@ -327,37 +328,44 @@ def test_a_pass_takes_the_oldest_row_and_those_nearest_to_it_in_length():
 
     given = [Row("sft", [0] * n, 0.0, concurrent.futures.Future()) for n in (100, 180, 90, 95, 101, 30)]
     given[3].future.set_result(None)  # nobody waits for it any more
-    engine = SimpleNamespace(_taken=given, budget=310, near=5, most=128)
+    engine = SimpleNamespace(_taken=given, budget=310, near=5)
     assert [len(row.ids) for row in Engine._choose(engine)] == [100, 101, 90]  # 3 x 101 tokens fit, 4 x 101 do not
     assert [len(row.ids) for row in engine._taken] == [100, 180, 90, 101, 30]
     engine.near = 4  # the last one is too young to overtake
     engine.budget = 405
     assert [len(row.ids) for row in Engine._choose(engine)] == [100, 101, 90]
-    engine.most = 2
-    assert [len(row.ids) for row in Engine._choose(engine)] == [100, 101]
     engine.budget = 50
     assert [len(row.ids) for row in Engine._choose(engine)] == [100]
 
 
-def test_a_batch_without_room_is_halved_and_no_later_one_is_larger():
+def test_a_batch_without_room_is_answered_by_halves(task):
     import torch
 
-    from serve_creditmix import Engine
+    from serve_creditmix import Engine, Lane, Row
 
-    class Scorer:  # of a GPU with room for three rows
+    class Scorer:  # of a GPU with room for three rows, and for none of an id above 6
         def score_ids(self, ids, adapters):
-            if len(ids) > 3:
+            if len(ids) > 3 or max(map(max, ids)) > 6:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return np.array([[own[0], -own[0]] for own in ids])
+            return np.array([[-own[0], -9.0, -9.0] for own in ids])
 
+    given = [Row("sft", [i] * 10, 0.0, concurrent.futures.Future()) for i in range(8)]
     engine = object.__new__(Engine)
-    engine.scorer, engine.model, engine.most = Scorer(), None, 128
-    found = engine._score([[i] for i in range(9)], ["__base__"] * 9)
-    assert found.tolist() == [[i, -i] for i in range(9)] and engine.most == 2  # 9 = 4 + 5, 4 = 2 + 2
-    engine.scorer.score_ids = lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
-    with pytest.raises(torch.OutOfMemoryError):  # not even one
-        engine._score([[1], [2]], ["__base__"] * 2)
-    assert engine.most == 1
+    engine.scorer, engine.model, engine.lanes = (
+        Scorer(),
+        None,
+        {"sft": Lane("ready", "", "sft-1", task, Calibration(), np.zeros(3))},
+    )
+    engine.tokens = engine.budget = 100
+    engine.queue, engine._taken, engine.computing, engine.come_back, engine.seconds_per_row = queue.Queue(), [], 8, 0, 0
+    engine.loop = SimpleNamespace(call_soon_threadsafe=lambda function, *args: function(*args))
+    engine._answer(given)
+    assert [row.future.result()["raw_scores"]["Good"] for row in given[:7]] == [-i for i in range(7)]
+    assert given[7].future.exception().status_code == 500  # the one that is too large, and nobody else
+    assert engine.computing == 0 and 10 < engine.budget < 11  # half of two rows of ten tokens, and one pass more
+    before = engine.budget
+    engine._answer(given[:1])
+    assert engine.budget == 1.01 * before  # and back, pass by pass
 
 
 def test_what_would_come_too_late_is_refused_at_once(narrow):
