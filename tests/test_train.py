@@ -400,7 +400,7 @@ def rows_for(route, tokenizer, task, n=12):
     }[route]
 
 
-def weights_after(route, tiny, task, folder, upset=None):
+def weights_after(route, tiny, task, folder, upset=None, gpus=1):
     """LoRA weights and loss after two steps of 2 x 6 rows without dropout; upset(model) breaks it before training."""
     from argparse import Namespace
 
@@ -442,6 +442,7 @@ def weights_after(route, tiny, task, folder, upset=None):
             kind = distribution_trainer(kind, label_trie(tokenizer, task.labels), Namespace(temperature=1.0, alpha=0.0))
             options |= {"remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
         config = SFTConfig(**options, shuffle_dataset=False)
+    config._n_gpu = gpus
     adapter = lora_config(Namespace(lora_r=4, student=str(tiny)), model)
     adapter.lora_dropout = 0.0
     data = Dataset.from_dict(rows_for(route, tokenizer, task))
@@ -482,6 +483,13 @@ def test_out_of_memory_halves_the_rows_at_once_and_changes_nothing_else(tiny, ta
     assert trainer.parts > 1 and "out of memory at step 1: " in capsys.readouterr().out
     assert abs(loss - same) < 1e-5 and max((expected[n] - found[n]).abs().max() for n in expected) < 1e-5
     assert trainer.state.global_step == 2
+
+
+def test_one_process_uses_one_of_several_gpus_and_says_so(tiny, task, tmp_path, capsys):
+    """Left to the Trainer, a copy on each of them would multiply the batch and meet weights of the first one."""
+    _, _, trainer = weights_after("sft", tiny, task, tmp_path, gpus=2)
+    assert "one of 2 GPUs is used; all of them: accelerate launch" in capsys.readouterr().out
+    assert trainer.args.train_batch_size == 6 and not isinstance(trainer.model_wrapped, torch.nn.DataParallel)
 
 
 def test_one_row_that_does_not_fit_says_what_to_change(tiny, task, tmp_path):
