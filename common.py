@@ -3,7 +3,6 @@
 Nothing here is run by itself; `python sft_train.py --help` and the README show the stages.
 """
 
-import contextlib
 import functools
 import os
 import sys
@@ -374,11 +373,9 @@ class LabelScorer:
     def _score(self, rows, adapters):
         import torch
 
-        from distill.head import fp32_logits
-
         n = len(self.head)
         cache, trees = None, self.trees and max(map(len, rows)) + len(self.trie.nodes) <= self.window
-        with torch.inference_mode(), fp32_logits(self.model) if trees else contextlib.nullcontext():
+        with torch.inference_mode():
             if trees and n and all(r[:n] == self.head for r in rows):
                 cache = self._head_cache(adapters or [None] * len(rows))
                 rows = [r[n:] for r in rows]
@@ -393,6 +390,7 @@ class LabelScorer:
         """Logits [B, 1 + M, V] where a label token is predicted, for B token id lists."""
         import torch
 
+        from distill.head import fp32_logits
         from distill.trees import additive, tree_batch
 
         trees = [[(row, -1), *self.trie.behind(0, 1)] for row in rows]
@@ -402,7 +400,8 @@ class LabelScorer:
         batch["logits_to_keep"] = keep[:, None] + torch.arange(1 + len(self.trie.nodes))
         batch = {k: v.to(self.model.device) for k, v in batch.items()}
         batch["attention_mask"] = additive(batch["attention_mask"], self.model.dtype)
-        return self._forward(adapters, **batch, past_key_values=cache, use_cache=cache is not None).logits
+        with fp32_logits(self.model):
+            return self._forward(adapters, **batch, past_key_values=cache, use_cache=cache is not None).logits
 
     def _forward(self, adapters, **batch):
         """The model's output, row i with adapters[i]; without names with the adapter that is on."""

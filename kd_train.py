@@ -134,9 +134,6 @@ def distribution_trainer(trainer, trie, args):
     from distill.head import fp32_logits
     from distill.trees import additive, pack_prompts
 
-    def scores(logits, at):
-        return trie.scores(logits[at])
-
     class Distribution(trainer):
         needs_trees = True
 
@@ -155,9 +152,10 @@ def distribution_trainer(trainer, trie, args):
             teacher, gold, at = inputs.pop("teacher"), inputs.pop("gold"), inputs.pop("label_logits_at")
             inputs["attention_mask"] = additive(inputs["attention_mask"], self.model.dtype)
             with fp32_logits(self.model):
-                logits = model(**inputs, use_cache=False).logits.flatten(0, -2)
-            # their log-softmax is made again on the way back, a part at a time: all at once is too large
-            parts = [checkpoint(scores, logits, part, use_reentrant=False) for part in at.split(32)]
+                logits = model(**inputs, use_cache=False).logits.flatten(0, -2)[at]
+            # their log-softmax is made again on the way back, a part at a time: all at once is too large. The rows are
+            # picked in front of the parts: picked in each, its gradient would be as large as all logits
+            parts = [checkpoint(trie.scores, part, use_reentrant=False) for part in logits.split(32)]
             return distribution_loss(torch.cat(parts), teacher, gold, args.temperature, args.alpha)
 
     return Distribution

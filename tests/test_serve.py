@@ -351,11 +351,8 @@ def test_a_batch_without_room_is_answered_by_halves(task):
 
     given = [Row("sft", [i] * 10, 0.0, concurrent.futures.Future()) for i in range(8)]
     engine = object.__new__(Engine)
-    engine.scorer, engine.model, engine.lanes = (
-        Scorer(),
-        None,
-        {"sft": Lane("ready", "", "sft-1", task, Calibration(), np.zeros(3))},
-    )
+    engine.scorer, engine.model = Scorer(), None
+    engine.lanes = {"sft": Lane("ready", "", "sft-1", task, Calibration(), np.zeros(3))}
     engine.tokens = engine.budget = 100
     engine.queue, engine._taken, engine.computing, engine.come_back, engine.seconds_per_row = queue.Queue(), [], 8, 0, 0
     engine.loop = SimpleNamespace(call_soon_threadsafe=lambda function, *args: function(*args))
