@@ -75,10 +75,9 @@ def damaged_file(checkpoint):
     """The first file of a checkpoint folder that is not there or was not written to its end, or None."""
     from safetensors import SafetensorError, safe_open
 
-    optimizer = next(
-        (n for n in ("optimizer.pt", "optimizer.bin") if (checkpoint / n).is_file()), "optimizer.pt"
-    )  # FSDP
-    for name in ("adapter_model.safetensors", optimizer, "scheduler.pt", "trainer_state.json"):
+    fsdp = (checkpoint / "optimizer.bin").is_file()
+    own = ["optimizer.bin"] if fsdp else ["optimizer.pt", "weights.pt"]
+    for name in ("adapter_model.safetensors", *own, "scheduler.pt", "trainer_state.json"):
         path = checkpoint / name
         try:
             if path.suffix == ".json":

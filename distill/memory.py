@@ -38,7 +38,7 @@ def expected_memory(config, precision, shape, lora_r, checkpointing):
     weights = a_weight * layers * (2 * hidden * q + 2 * hidden * kv + 3 * hidden * inner)
     weights += wide * c.vocab_size * hidden * (1 if c.tie_word_embeddings else 2)
     adapter = lora_r * layers * (6 * hidden + 2 * q + 2 * kv + 3 * (hidden + inner))
-    state = 8 if precision == "nf4" else 16  # weight and gradient in fp32; Adam's two moments are paged for nf4
+    state = 12 if precision == "nf4" else 20  # weight, gradient, running mean in fp32; Adam's moments are paged for nf4
     # kept for the backward pass: the input of every layer, and of a layer that is not recomputed some widths more
     saved = wide * tokens * hidden * (layers + 9 if checkpointing else 8 * layers)
     mlp = 12 * wide * min(tokens, CHUNK) * inner  # gate, up, their products and gradients of one chunk (fused.py)
@@ -88,9 +88,9 @@ def fit_micro_batch(trainer):
     asked = trainer.args.per_device_train_batch_size
     trainable = [p for p in trainer.model.parameters() if p.requires_grad]
     paged = "paged" in trainer.args.optim
-    moments = [] if paged else [torch.empty_like(p) for p in trainable for _ in range(2)]  # what Adam will hold
+    copies = [torch.empty_like(p) for p in trainable for _ in range(1 if paged else 3)]  # running mean, Adam's moments
     fits = largest_fitting(step, asked, smaller(trainer.model.get_base_model().precision))
-    del moments
+    del copies
     trainer.model.zero_grad(set_to_none=True)
     trainer._metrics["train"].clear()
     torch.cuda.empty_cache()

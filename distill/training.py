@@ -192,10 +192,11 @@ def trainer_class(trainer, task, dev):
     from tqdm import tqdm
 
     from distill.fused import fuse
+    from distill.mean import Averaged
     from distill.memory import InParts
     from distill.trees import share_prefixes, why_no_trees
 
-    class Student(InParts, trainer):
+    class Student(Averaged, InParts, trainer):
         needs_trees = False
 
         def __init__(self, *args, **kwargs):
@@ -211,6 +212,7 @@ def trainer_class(trainer, task, dev):
             if not self.is_fsdp_enabled:  # which lends a projection its weights only while that module runs
                 fuse(self.model)
             self.trainable = trainable
+            self.follow_weights()
             n, total = sum(p.numel() for p in trainable), sum(p.numel() for p in self.model.parameters())
             print(f"trainable: {n:,} of {total:,} parameters ({n / total:.2%})")
 
@@ -252,13 +254,14 @@ def trainer_class(trainer, task, dev):
             return dataset.add_column("ref_rejected_logps", [r for _, _, r in found])
 
         def evaluate(self, *args, metric_key_prefix="eval", **kwargs):
-            metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-            if task and dev:
-                raw, _, y = dev_scores(self.model, self.processing_class, task, dev)
-                found = {"accuracy": float((raw.argmax(1) == y).mean()), "label_log_loss": log_loss(raw, y)}
-                found = {f"{metric_key_prefix}_{k}": v for k, v in found.items()}
-                self.log(found)
-                metrics |= found
+            with self.averaged():
+                metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+                if task and dev:
+                    raw, _, y = dev_scores(self.model, self.processing_class, task, dev)
+                    found = {"accuracy": float((raw.argmax(1) == y).mean()), "label_log_loss": log_loss(raw, y)}
+                    found = {f"{metric_key_prefix}_{k}": v for k, v in found.items()}
+                    self.log(found)
+                    metrics |= found
             if self.is_world_process_zero():
                 tqdm.write(step_line(self.state.global_step, metrics))
             return metrics
@@ -420,6 +423,8 @@ def run_training(trainer, args, task, dev, record, prompts):
         )
         sys.exit(128 + Interrupt.asked)  # as a shell tells of a signal
     default_signals()
+    if not trainer.state.best_model_checkpoint:  # whose adapter is the mean, and is loaded by now
+        trainer.exchange()
     peak = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None  # what nvidia-smi shows
     tensors = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
     record |= {

@@ -27,7 +27,7 @@ one() { measure "$1-one" "$1" env CUDA_VISIBLE_DEVICES="$2" python -- "${@:3}"; 
 two() { measure "$1-two" "$1" accelerate launch --num_processes 2 --mixed_precision bf16 -- "${@:2}"; }
 shape="--student $out/1.5b --precision bf16"
 sft="$shape --batch_size 320 --micro_batch 160 --max_steps 64"
-dpo="$shape --batch_size 128 --micro_batch 64 --max_steps 32"
+dpo="$shape --batch_size 256 --micro_batch 128 --max_steps 48"
 one sft 0 $sft & one dpo 1 $dpo & wait
 two sft $sft
 two dpo $dpo

@@ -276,7 +276,7 @@ def checkpoint(folder, step):
     from common import write_json
 
     (folder / f"checkpoint-{step}").mkdir(parents=True)
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+    for name in ("optimizer.pt", "weights.pt", "scheduler.pt", "rng_state.pth"):
         torch.save({"a": torch.ones(9)}, folder / f"checkpoint-{step}" / name)
     save_file({"a": torch.ones(9)}, folder / f"checkpoint-{step}" / "adapter_model.safetensors")
     write_json(folder / f"checkpoint-{step}" / "trainer_state.json", {"global_step": step})
@@ -300,7 +300,8 @@ def test_a_run_killed_in_its_first_checkpoint_starts_again(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+    "name",
+    ["adapter_model.safetensors", "optimizer.pt", "weights.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"],
 )
 def test_a_damaged_checkpoint_is_named(data, tmp_path, name):
     from common import UserError
@@ -379,6 +380,46 @@ def test_the_micro_batch_is_halved_until_it_fits():
     assert largest_fitting(step, 24, "") == 4 and tried == [24, 12, 8, 6, 4]
     with pytest.raises(UserError, match="one row does not fit this GPU; expected a smaller --max_len"):
         largest_fitting(lambda n: step(n, 0), 2, smaller("nf4"))
+
+
+def test_running_mean_by_hand():
+    from distill.mean import Averaged
+
+    trainer = Averaged()
+    trainer.trainable = [torch.nn.Parameter(torch.tensor([1.0, 0.0])), torch.nn.Parameter(torch.tensor(8.0))]
+    for value in (1.0, 2.0, 4.0):
+        trainer.trainable[0].data[0] = value
+        trainer.follow(10)  # reaches back 1.8 of 10 steps: 1, then 1 + (2 - 1) / 1.8, then 1.5556 + (4 - 1.5556) / 1.8
+    with trainer.averaged():
+        assert trainer.trainable[0].tolist() == pytest.approx([2.9136, 0.0], abs=1e-4)
+        assert trainer.trainable[1].item() == 8.0
+    assert trainer.trainable[0].tolist() == [4.0, 0.0]
+
+
+def test_what_is_kept_is_the_mean_and_training_goes_on_from_the_weights(tiny, task, tmp_path, monkeypatch):
+    from safetensors.torch import load_file
+
+    monkeypatch.setattr("distill.mean.SHARE", 2.0)  # reaches back 4 steps of these 2: 3/4 of the first, 1/4 of the last
+    last, _, trainer = weights_after("sft", tiny, task, tmp_path)
+    trainer.save_model(tmp_path)
+    kept = load_file(tmp_path / "adapter_model.safetensors")
+    mean = {name: value for (name, _), value in zip(named(trainer), trainer.mean, strict=True)}
+    assert any((mean[name] - last[name]).abs().max() > 1e-3 for name in last)
+    for name, value in mean.items():
+        torch.testing.assert_close(kept[name.replace(".default", "")], value)
+    rows = trainer.train_dataset
+    found = trainer.evaluate(rows)["eval_loss"]
+    trainer.exchange()
+    weights, trainer.mean = trainer.mean, None
+    assert trainer.evaluate(rows)["eval_loss"] == pytest.approx(found, abs=1e-6)
+    trainer.mean = weights
+    trainer.exchange()
+    trainer.mean = None
+    assert abs(trainer.evaluate(rows)["eval_loss"] - found) > 1e-3
+
+
+def named(trainer):
+    return [(name, p) for name, p in trainer.model.named_parameters() if p.requires_grad]
 
 
 def rows_for(route, tokenizer, task, n=12):
