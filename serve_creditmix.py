@@ -11,13 +11,12 @@ Environment: BASE_MODEL; SFT_DIR, KD_DIR, DPO_DIR; TASK (data/creditmix_task.jso
 /admin ask for the header X-API-Key); DEADLINE (30 seconds a request); MAX_QUEUE (512 rows); MAX_VRAM_GB (the
 GPU's); OFFLOAD_FOLDER.
 
-Requests wait in a bounded queue; one thread owns the model, since two threads with different adapters gave wrong
-answers without a word, and answers the rows of all four models in one forward pass. Nothing is kept on disk.
+This process speaks HTTP and bounds the queue; another one owns the models and answers the rows of all four in one
+forward pass (distill/engine.py). Nothing is kept on disk.
 """
 
 import argparse
 import asyncio
-import concurrent.futures
 import contextlib
 import hmac
 import io
@@ -25,18 +24,13 @@ import itertools
 import json
 import logging
 import os
-import queue
 import re
 import sys
-import threading
 import time
 import uuid
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
@@ -45,23 +39,18 @@ from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, Su
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 import common
-from common import ROOT, Calibration, LabelScorer, Task, UserError
-from distill.adapters import check_plain
-from distill.hardware import cap_memory
-from infer_creditmix import answers
+from common import ROOT, UserError
+from distill.engine import MODELS, settings
 
-MODELS = ("base", "sft", "kd", "dpo")
 MAX_FEATURES = 4000  # characters; the six fields need about 200
 MAX_LIST = 256  # rows of one list request
 MAX_BODY = 256 * 1024
 BODY_SECONDS = 5  # for a client to send its body
-MAX_ROWS = 128  # of one batch; batches are also cut where the scorer would cut them
-WAIT = 0.003  # seconds that a lone row waits for company
-COME_BACK = 0.25  # of the last pass's time, behind it: for the clients that it answered; on a GPU, where a row is cheap
 EXAMPLE = (
     "Age: 23.0, Occupation: Scientist, Annual Income: 19114.12, Outstanding Debt: 809.98, "
     "Credit Utilization Ratio: 35.03, Payment Behaviour: Low_spent_Small_value_payments"
 )
+LOADING = {"state": "loading", "detail": "", "calibration": None}
 REJECTIONS = {
     400: "malformed",
     401: "key",
@@ -74,7 +63,7 @@ REJECTIONS = {
     504: "deadline",
 }
 
-QUEUED = Gauge("serve_queue_rows", "Rows that wait for the model")
+QUEUED = Gauge("serve_queue_rows", "Rows that are accepted and not answered")
 PEAK = Gauge("serve_gpu_peak_bytes", "Most GPU memory that was reserved; 0 on a CPU")
 BATCH = Histogram("serve_batch_rows", "Rows of one forward pass", buckets=[2**i for i in range(8)])
 SECONDS = Histogram("serve_request_seconds", "Time of a request", ["model"], buckets=[0.005 * 2**i for i in range(14)])
@@ -91,350 +80,133 @@ def log(event, **fields):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The model and the one thread that owns it
-
-
-@dataclass(frozen=True)
-class Settings:
-    base: str
-    folders: dict
-    task: Task
-    api_key: str
-    deadline: float
-    max_queue: float
-    max_vram_gb: float | None
-
-
-def settings():
-    """The environment, checked. Error: UserError."""
-    env = os.environ
-    base = env.get("BASE_MODEL") or common.DEFAULT_STUDENT
-    stem = "smollm2" if base == common.EMBEDDED else "creditmix"
-    folders = {name: Path(env.get(f"{name.upper()}_DIR") or ROOT / "runs" / f"{stem}_{name}") for name in MODELS[1:]}
-    limits = []
-    for name, default in (("DEADLINE", "30"), ("MAX_QUEUE", "512"), ("MAX_VRAM_GB", "")):
-        text = env.get(name) or default
-        if text == default == "":
-            limits.append(None)
-            continue
-        if not re.fullmatch(r"\d{1,9}(\.\d+)?", text) or float(text) == 0:
-            raise UserError(f"environment: {name}: expected a number above 0, got {text!r}")
-        limits.append(float(text))
-    task = Task.load(env.get("TASK") or ROOT / "data" / "creditmix_task.json")
-    return Settings(base, folders, task, env.get("API_KEY", ""), *limits)
-
-
-@dataclass(frozen=True)
-class Lane:
-    """One of the four models. state: loading, ready, missing or broken; detail says what to do about the last two."""
-
-    state: str
-    detail: str = ""
-    adapter: str = "__base__"
-    task: Task | None = None
-    calibration: Calibration | None = None
-    prior: np.ndarray | None = None
-
-
-@dataclass(eq=False)
-class Row:
-    """One prompt on its way through the model; the future belongs to the event loop."""
-
-    model: str
-    ids: list[int]
-    arrived: float
-    future: asyncio.Future
+# The engine's door: what is let in, and who waits for which answer
 
 
 class Engine:
-    """Base model, adapters and scorer, owned by one thread that takes rows from a bounded queue."""
+    """The process that owns the models (distill/engine.py), and what it has yet to answer."""
 
     def __init__(self, config, on_failure):
         self.config, self.on_failure = config, on_failure
-        self.loop = asyncio.get_running_loop()
-        self.lanes = dict.fromkeys(MODELS, Lane("loading"))
-        self.status, self.failure = "loading", ""
-        self.queue = queue.Queue()  # of rows, bounded by admit(), and of commands, which always get in
-        self.computing, self.seconds_per_row = 0, 0.0  # rows in the forward pass; a running mean
-        self.back, self.expected = 0.0, 0  # when answered clients should be back, and then so many rows wait
-        self._taken, self._command = [], None  # from the queue, by the owner: rows, oldest first, and what runs next
-        self._generation = itertools.count(1)
-        QUEUED.set_function(self.waiting)
-        threading.Thread(target=self._run, name="model", daemon=True).start()
+        self.state, self.failure, self.tokenizer, self.longest = "", "", None, 0
+        self.rows, self.reloads, self.numbers = {}, {}, itertools.count()  # number -> future of its answer
+        self.seconds_per_row = 0.0
+        QUEUED.set_function(lambda: len(self.rows))
 
-    def waiting(self):
-        """Rows that are in no forward pass yet."""
-        return self.queue.qsize() + len(self._taken)
+    async def start(self):
+        """Start the process."""
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        pipes = {"stdin": asyncio.subprocess.PIPE, "stdout": asyncio.subprocess.PIPE, "limit": 2**26}
+        self.process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "distill.engine", **pipes, env=os.environ | {"PYTHONPATH": path}
+        )
+        self.state, self.lanes = "loading", dict.fromkeys(MODELS, LOADING)
 
-    # on the event loop
+    async def run(self):
+        """Hear the process until it is stopped; one that had loaded is started again when it dies."""
+        while True:
+            async for line in self.process.stdout:
+                await self.hear(json.loads(line))
+            code = await self.process.wait()
+            for waits in (self.rows, self.reloads):
+                for number in list(waits):
+                    waits.pop(number).set_exception(HTTPException(500, "the model's process ended"))
+            if self.state != "ready":
+                break
+            log("model process ended", code=code)
+            await self.start()
+        if self.state == "loading":
+            self.fail(f"the model's process ended with code {code}")
+
+    async def hear(self, told):
+        """Take one message of the process (distill/engine.py lists them)."""
+        if "log" in told:
+            log(told.pop("log"), **told)
+        elif "answers" in told:
+            BATCH.observe(len(told["answers"]))
+            PEAK.set(told["gpu_peak"])
+            self.seconds_per_row = told["seconds_per_row"]
+            for number, answer in told["answers"]:
+                future = self.rows.pop(number, None)  # none: its client left
+                if future and answer:
+                    future.set_result(answer)
+                elif future:
+                    future.set_exception(HTTPException(500, "the model failed; the server's log says why"))
+        elif "reloaded" in told:
+            self.reloads.pop(told["reloaded"]).set_result(told["error"])
+        elif told["state"] == "failed":
+            self.fail(told["failure"])
+        else:
+            self.lanes, self.longest = told["lanes"], told["longest"]
+            PEAK.set(told["gpu_peak"])
+            if self.tokenizer is None:
+                self.tokenizer = (await asyncio.to_thread(common.base_config, self.config.base))[2]
+            if told["state"] == "ready" and self.state == "loading":
+                self.state = "ready"
+                states = {name: lane["state"] for name, lane in self.lanes.items()}
+                log("ready", base_model=self.config.base, models=states)
+
+    def say(self, **message):
+        self.process.stdin.write((json.dumps(message) + "\n").encode())
+
+    def fail(self, why):
+        self.state, self.failure = "failed", why
+        log("load failed", detail=why)
+        self.on_failure()
+
+    async def stop(self):
+        """End the process behind what it has been asked; at once where it is still loading."""
+        if self.state == "loading" and self.process.returncode is None:
+            self.process.kill()
+        if self.state != "failed":
+            self.state = "stopped"
+        self.process.stdin.close()
 
     def check(self, model):
         """HTTPException 404 or 503 unless this model can answer now."""
-        if self.status != "ready":
-            raise HTTPException(503, self.failure or f"the model is {self.status}", {"Retry-After": "5"})
+        if self.state != "ready":
+            raise HTTPException(503, self.failure or f"the model is {self.state}", {"Retry-After": "5"})
         lane = self.lanes[model]
-        if lane.state != "ready":
-            raise HTTPException(404 if lane.state == "missing" else 503, f"{model}: {lane.detail}")
+        if lane["state"] != "ready":
+            raise HTTPException(404 if lane["state"] == "missing" else 503, f"{model}: {lane['detail']}")
 
     def full(self, rows=1):
         """The 503 for so many rows more, or None: they do not fit, or would pass their deadline behind the others.
 
-        Without the second, a server slower than its queue is long computes what nobody waits for any more. Only the
-        event loop adds rows, so there is no race for the last place.
+        Without the second, a server slower than its queue is long computes what nobody waits for any more.
         """
-        waiting = self.waiting()
-        seconds = (waiting + self.computing + rows) * self.seconds_per_row
-        late = waiting + self.computing > 0 and seconds > 0.8 * self.config.deadline
+        waiting = len(self.rows)
+        seconds = (waiting + rows) * self.seconds_per_row
+        late = waiting > 0 and seconds > 0.8 * self.config.deadline
         if late or waiting + rows > self.config.max_queue:
             retry = {"Retry-After": str(max(1, round(waiting * self.seconds_per_row)))}
             return HTTPException(503, f"the queue is full: {waiting} rows wait, {seconds:.0f} s", retry)
 
     def admit(self, model, texts):
-        """Queue the rows of one request, all or none -> their futures. Errors: HTTPException 404, 422, 503."""
+        """Queue the rows of one request, all or none -> {number: future}. Errors: HTTPException 404, 422, 503."""
         self.check(model)
         if full := self.full(len(texts)):
             raise full
-        prompts = [self.lanes[model].task.prompt(text) for text in texts]
-        ids = common.prompt_ids(self.tokenizer, prompts)
+        ids = common.prompt_ids(self.tokenizer, [self.config.task.prompt(text) for text in texts])
         longest = max(map(len, ids))
         if longest > self.longest:
             raise HTTPException(422, f"features: {longest} tokens with the prompt, expected at most {self.longest}")
-        now = time.monotonic()
-        rows = [Row(model, own, now, self.loop.create_future()) for own in ids]
-        for row in rows:
-            self.queue.put_nowait(row)
-        return [row.future for row in rows]
+        rows = {next(self.numbers): asyncio.get_running_loop().create_future() for _ in ids}
+        self.rows |= rows
+        self.say(rows=[[number, model, own] for number, own in zip(rows, ids, strict=True)])
+        return rows
 
-    async def command(self, function, *args):
-        """function(*args) run by the owner between two batches."""
-        done = concurrent.futures.Future()
-        self.queue.put_nowait((done, function, args))
-        return await asyncio.wrap_future(done)
+    def drop(self, rows):
+        """Take back the rows that nobody waits for any more."""
+        if left := [number for number in rows if self.rows.pop(number, None)]:
+            self.say(drop=left)
 
-    # in the owner's thread
-
-    def _run(self):
-        try:
-            self._load()
-        except Exception as e:
-            self.status, self.failure = "failed", one_line(e)
-            log("load failed", detail=self.failure)
-            self.loop.call_soon_threadsafe(self.on_failure)
-            return
-        self.status = "ready"
-        log("ready", base_model=self.config.base, models={name: lane.state for name, lane in self.lanes.items()})
-        while self.status == "ready":
-            if batch := self._collect():
-                self._answer(batch)
-            if self._command:
-                (done, function, args), self._command = self._command, None
-                if done.set_running_or_notify_cancel():
-                    try:
-                        done.set_result(function(*args))
-                    except Exception as e:
-                        done.set_exception(e)
-
-    def stop(self):
-        self.status = "stopped"
-
-    def _load(self):
-        import torch
-
-        if cap_memory(self.config.max_vram_gb):
-            PEAK.set_function(torch.cuda.max_memory_reserved)
-        self.model, self.tokenizer = common.load_model(self.config.base)
-        # the scorer cuts batches at so many padded tokens; one collected here is then one forward pass
-        cpu = self.model.device.type == "cpu"
-        self.tokens, self.come_back, self.near = (2048, 0.0, 64) if cpu else (16384, COME_BACK, 2 * MAX_ROWS)
-        self.budget = self.tokens  # of a batch; fewer for a while where the GPU had no room for so many
-        self._renew_scorer()
-        self.longest = self.model.config.max_position_embeddings - len(self.scorer.trie.nodes)
-        task = self.config.task
-        self.lanes["base"] = Lane(
-            "ready", "", "__base__", task, Calibration.load(self.config.base, task), self._prior(task)
-        )
-        for name in MODELS[1:]:
-            try:
-                self.load_adapter(name)
-            except UserError as e:
-                log("adapter not served", model=name, state=self.lanes[name].state, detail=str(e))
-        self.warm()
-
-    def load_adapter(self, name):
-        """Serve the adapter in this model's folder; the one served before stays until the new one can answer.
-
-        Error: UserError; a model that has no earlier adapter is then missing or broken, the others are unharmed.
-        """
-        folder, old, adapter = self.config.folders[name], self.lanes[name], f"{name}-{next(self._generation)}"
-        try:
-            self.lanes[name] = self._take(name, folder, adapter)
-        except Exception as e:  # whatever a broken folder makes the libraries raise
-            self._forget(adapter)
-            if old.state != "ready":
-                state = "broken" if (folder / "adapter_config.json").is_file() else "missing"
-                self.lanes[name] = Lane(state, one_line(e))
-            raise UserError(one_line(e)) from e
-        if old.state == "ready":
-            self._forget(old.adapter)
-
-    def _take(self, name, folder, adapter):
-        base, task, shown = self.config.base, self.config.task, relative(folder)
-        if not (folder / "adapter_config.json").is_file():
-            raise UserError(
-                f"{shown}: no adapter; train it: python {name}_train.py --student {base} "
-                f"--data data/{task.name}_{name}.jsonl --save_dir {shown}"
-            )
-        if Path(common.adapter_base(folder)).resolve() != Path(base).resolve():
-            raise UserError(f"{shown}: trained on {common.adapter_base(folder)}; expected {base}")
-        if (folder / "task.json").is_file():
-            task = Task.load(folder / "task.json")
-            if (task.labels, task.template) != (self.config.task.labels, self.config.task.template):
-                raise UserError(
-                    f"{shown}/task.json: fields 'labels' and 'template': expected those of the server's task"
-                )
-        check_plain(folder)
-        calibration = Calibration.load(folder, task)
-        self.model = common.add_adapter(self.model, folder, adapter)
-        self._renew_scorer()
-        prior = self._prior(task, adapter)
-        if not np.isfinite(prior).all():
-            raise UserError(f"{shown}: its scores are not numbers")
-        return Lane("ready", "", adapter, task, calibration, prior)
-
-    def _forget(self, adapter):
-        """Take an adapter out of the model, also one whose load failed half-way and that PEFT has kept."""
-        from peft import PeftModel
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        if isinstance(self.model, PeftModel) and adapter in self.model.peft_config:
-            self.model.delete_adapter(adapter)
-        for module in self.model.modules():
-            if isinstance(module, BaseTunerLayer):
-                module.delete_adapter(adapter)
-        if isinstance(self.model, PeftModel):  # whose active adapter may be the one that went
-            if self.model.peft_config:
-                self.model.set_adapter(next(iter(self.model.peft_config)))
-            else:
-                self.model = self.model.unload()
-        self._renew_scorer()  # adapters are computed side by side: NaN in one would spread
-
-    def _renew_scorer(self):
-        """A scorer's head caches belong to one state of the model."""
-        task = self.config.task
-        self.scorer = LabelScorer(self.model, self.tokenizer, task.labels, task.null_prompts())
-
-    def _score(self, ids, adapters):
-        from peft import PeftModel  # a base that no adapter loaded on is none, and takes no names
-
-        return self.scorer.score_ids(ids, adapters if isinstance(self.model, PeftModel) else None)
-
-    def _prior(self, task, adapter="__base__"):
-        ids = common.prompt_ids(self.tokenizer, task.null_prompts())
-        return self._score(ids, [adapter] * len(ids)).mean(0)
-
-    def warm(self):
-        """Every model's head cache; on a GPU, which loads other kernels for other sizes, batches of any size too.
-
-        The first request then costs what the hundredth does.
-        """
-        names = [lane.adapter for lane in self.lanes.values() if lane.state == "ready"]
-        sizes, lengths = [2**i for i in range(MAX_ROWS.bit_length())], (1, 2)
-        if self.model.device.type == "cpu":
-            sizes, lengths = [len(names), 1], (2,)
-        for n, times in itertools.product(sizes, lengths):  # rows with values are some once to twice as long
-            texts = [", ".join([text] * times) for text in self.config.task.null_inputs]
-            ids = common.prompt_ids(self.tokenizer, [self.config.task.prompt(text) for text in texts])
-            ids = [own[: self.longest] for own in ids]
-            try:
-                self._score([ids[i % len(ids)] for i in range(n)], [names[i % len(names)] for i in range(n)])
-            except Exception as e:  # out of memory, for one; smaller batches are served all the same
-                log("not warmed up", rows=n, detail=one_line(e))
-                break
-
-    def _collect(self):
-        """Rows of the next forward pass; a command that has come runs behind them, ahead of the rows that are left.
-
-        Clients that were just answered come back one by one: who starts without them has half of them in each pass.
-        """
-        while True:
-            with contextlib.suppress(queue.Empty):
-                while not self._command:
-                    self._take_one(self.queue.get_nowait())
-            batch = self._choose()
-            if self._command or len(batch) < len(self._taken):
-                break
-            until = self.back if len(batch) < self.expected else 0.0
-            timeout = max(0.0, until - time.monotonic(), batch[0].arrived + WAIT - time.monotonic()) if batch else None
-            try:
-                self._take_one(self.queue.get(timeout=timeout))
-            except queue.Empty:
-                break
-        self.computing = len(batch)  # before they wait no more: admit() counts both
-        chosen = set(batch)
-        self._taken = [row for row in self._taken if row not in chosen]
-        return batch
-
-    def _take_one(self, item):
-        if isinstance(item, Row):
-            self._taken.append(item)
-        else:
-            self._command = item
-
-    def _choose(self):
-        """The oldest row and, as far as they fit, those nearest to it in length: what is padded is computed too."""
-        self._taken = [row for row in self._taken if not row.future.done()]  # else its client left or it is too late
-        batch, longest = [], 0
-        oldest = self._taken[: self.near]  # which no later one overtakes
-        for row in sorted(oldest, key=lambda row: abs(len(row.ids) - len(oldest[0].ids))):
-            width = max(longest, len(row.ids))
-            if len(batch) < MAX_ROWS and (not batch or (len(batch) + 1) * width <= self.budget):
-                batch.append(row)
-                longest = width
-        return batch
-
-    def _answer(self, batch):
-        """Score a batch and deliver its answers; one that the GPU has no room for by halves."""
-        import torch
-
-        started, found, too_large = time.monotonic(), [None] * len(batch), False
-        try:
-            raw = self._score([row.ids for row in batch], [self.lanes[row.model].adapter for row in batch])
-            for model in {row.model for row in batch}:
-                lane, rows = self.lanes[model], [i for i, row in enumerate(batch) if row.model == model]
-                of_model = answers(lane.task, raw[rows], lane.prior, lane.calibration, model)
-                for i, answer in zip(rows, of_model, strict=True):
-                    found[i] = answer
-            self.budget = min(self.tokens, 1.01 * self.budget)
-        except Exception as e:  # the next batch may do
-            too_large = isinstance(e, torch.OutOfMemoryError) and len(batch) > 1
-            log("batch too large" if too_large else "batch failed", rows=len(batch), detail=one_line(e))
-            found = [HTTPException(500, "the model failed; the server's log says why")] * len(batch)
-        if too_large:  # behind the except, which holds the tensors of the pass that failed
-            torch.cuda.empty_cache()
-            self.budget = len(batch) * max(len(row.ids) for row in batch) / 2
-            half = len(batch) // 2
-            self._answer(batch[:half])
-            return self._answer(batch[half:])
-        BATCH.observe(len(batch))
-        now = time.monotonic()
-        self.back, self.expected = now + self.come_back * (now - started), len(batch) + self.waiting()
-        self.seconds_per_row += 0.2 * ((now - started) / len(batch) - self.seconds_per_row)
-        self.computing -= len(batch)
-        self.loop.call_soon_threadsafe(deliver, batch, found)
-
-
-def deliver(batch, found):
-    for row, answer in zip(batch, found, strict=True):
-        if not row.future.done():
-            (row.future.set_exception if isinstance(answer, Exception) else row.future.set_result)(answer)
-
-
-def relative(path):
-    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-
-
-def one_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    async def reload(self, model):
+        """Load this model's adapter again -> None, or why the one before stays."""
+        number = next(self.numbers)
+        self.reloads[number] = asyncio.get_running_loop().create_future()
+        self.say(reload=model, number=number)
+        return await self.reloads[number]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -501,13 +273,14 @@ async def lifespan(app):
     stream = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), encoding="utf-8", write_through=True)
     LOG.handlers, LOG.propagate = [logging.StreamHandler(stream)], False
     LOG.setLevel(logging.INFO)
-    sys.setswitchinterval(5e-4)  # else the loop waits 5 ms for the interpreter at each step while the model computes
     engine = app.state.engine = Engine(settings(), getattr(app.state, "on_failure", lambda: None))
-    while getattr(app.state, "start_when_loaded", False) and engine.status == "loading":
+    await engine.start()
+    running = asyncio.create_task(engine.run())
+    while getattr(app.state, "start_when_loaded", False) and engine.state == "loading":
         await asyncio.sleep(0.1)
     yield  # the server gets back here when what it has accepted is answered
-    if engine.status == "ready":
-        await engine.command(engine.stop)
+    await engine.stop()
+    await running
 
 
 app = FastAPI(
@@ -583,7 +356,8 @@ async def classify(request, model, texts):
     """Answers of one request's rows in order. Rows that nobody waits for any more are dropped."""
     engine = request.app.state.engine
     request.state.rows = len(texts)
-    rows = asyncio.gather(*engine.admit(model, texts))
+    admitted = engine.admit(model, texts)
+    rows = asyncio.gather(*admitted.values())
     gone = asyncio.ensure_future(request.receive())  # the body is read: the next message is the client's leaving
     try:
         left = max(0, request.scope["deadline"] - time.monotonic())
@@ -597,6 +371,7 @@ async def classify(request, model, texts):
     finally:
         rows.cancel()
         gone.cancel()
+        engine.drop(admitted)
     for answer in found:
         CLASSES.labels(model, answer["prediction"]).inc()
         MARGIN.labels(model).observe(answer["top2_margin"])
@@ -620,12 +395,9 @@ async def reload(adapter: Adapter, request: Request) -> dict[str, str]:
     """Take a retrained adapter from its folder. Where it does not load, 409 says why and the one before stays."""
     engine = request.app.state.engine
     engine.check("base")
-    try:
-        await engine.command(engine.load_adapter, adapter.model)
-        await engine.command(engine.warm)
-    except UserError as e:
-        log("reload refused", model=adapter.model, detail=str(e))
-        raise HTTPException(409, str(e)) from None
+    if why := await engine.reload(adapter.model):
+        log("reload refused", model=adapter.model, detail=why)
+        raise HTTPException(409, why)
     log("reloaded", model=adapter.model)
     return {"reloaded": adapter.model}
 
@@ -640,14 +412,10 @@ async def healthz() -> dict[str, str]:
 async def readyz(request: Request):
     """The state of the base and of each model; 200 once the base can answer, priors and fits included."""
     engine = request.app.state.engine
-    models = {}
-    for name, lane in engine.lanes.items():
-        fit = lane.calibration and ("fitted" if lane.calibration.fitted else "null")
-        models[name] = {"state": lane.state, "detail": lane.detail, "calibration": fit}
-    about = {"status": engine.status, "detail": engine.failure, "base_model": engine.config.base}
+    about = {"status": engine.state, "detail": engine.failure, "base_model": engine.config.base}
     fields = re.findall(r"(?:^|, )([^,:]+): N/A", engine.config.task.null_inputs[0])  # for the page's form
-    about |= {"labels": engine.config.task.labels, "fields": fields, "models": models}
-    return JSONResponse(about, 200 if engine.status == "ready" else 503)
+    about |= {"labels": engine.config.task.labels, "fields": fields, "models": engine.lanes}
+    return JSONResponse(about, 200 if engine.state == "ready" else 503)
 
 
 @app.get("/metrics", response_class=Response)

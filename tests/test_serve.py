@@ -3,7 +3,6 @@
 import concurrent.futures
 import importlib.util
 import json
-import queue
 import re
 import shutil
 import signal
@@ -12,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -323,25 +321,39 @@ def test_rows_of_a_client_that_left_are_dropped(narrow):
     assert narrow.metric("serve_batch_rows_sum") - before < 200
 
 
-def test_a_pass_takes_the_oldest_row_and_those_nearest_to_it_in_length():
-    from serve_creditmix import Engine, Row
+def row(number, tokens, model="sft"):
+    from distill.engine import Row
 
-    given = [Row("sft", [0] * n, 0.0, concurrent.futures.Future()) for n in (100, 180, 90, 95, 101, 30)]
-    given[3].future.set_result(None)  # nobody waits for it any more
-    engine = SimpleNamespace(_taken=given, budget=310, near=5)
-    assert [len(row.ids) for row in Engine._choose(engine)] == [100, 101, 90]  # 3 x 101 tokens fit, 4 x 101 do not
-    assert [len(row.ids) for row in engine._taken] == [100, 180, 90, 101, 30]
-    engine.near = 4  # the last one is too young to overtake
-    engine.budget = 405
-    assert [len(row.ids) for row in Engine._choose(engine)] == [100, 101, 90]
+    return Row(number, model, [number] * tokens, 0.0)
+
+
+def engine_with(told, task, scorer):
+    """An engine whose model is `scorer`; what it tells is appended to `told`."""
+    from distill.engine import Engine, Lane
+
+    engine = Engine(None, told.append)
+    engine.scorer, engine.model = scorer, None
+    engine.lanes = {"sft": Lane("ready", "", "sft-1", task, Calibration(), np.zeros(3))}
+    engine.tokens = engine.budget = 100
+    engine.come_back, engine.near = 0.0, 64
+    return engine
+
+
+def test_a_pass_takes_the_oldest_row_and_those_nearest_to_it_in_length():
+    engine = engine_with([], None, None)
+    engine._taken = [row(i, n) for i, n in enumerate((100, 180, 90, 95, 101, 30))]
+    engine._take_one({"drop": [3]})  # nobody waits for it any more
+    engine.budget, engine.near = 310, 5
+    assert [len(r.ids) for r in engine._choose()] == [100, 101, 90]  # 3 x 101 tokens fit, 4 x 101 do not
+    assert [len(r.ids) for r in engine._taken] == [100, 180, 90, 101, 30]
+    engine.budget, engine.near = 405, 4  # the last one is too young to overtake
+    assert [len(r.ids) for r in engine._choose()] == [100, 101, 90]
     engine.budget = 50
-    assert [len(row.ids) for row in Engine._choose(engine)] == [100]
+    assert [len(r.ids) for r in engine._choose()] == [100]
 
 
 def test_a_batch_without_room_is_answered_by_halves(task):
     import torch
-
-    from serve_creditmix import Engine, Lane, Row
 
     class Scorer:  # of a GPU with room for three rows, and for none of an id above 6
         def score_ids(self, ids, adapters):
@@ -349,20 +361,28 @@ def test_a_batch_without_room_is_answered_by_halves(task):
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return np.array([[-own[0], -9.0, -9.0] for own in ids])
 
-    given = [Row("sft", [i] * 10, 0.0, concurrent.futures.Future()) for i in range(8)]
-    engine = object.__new__(Engine)
-    engine.scorer, engine.model = Scorer(), None
-    engine.lanes = {"sft": Lane("ready", "", "sft-1", task, Calibration(), np.zeros(3))}
-    engine.tokens = engine.budget = 100
-    engine.queue, engine._taken, engine.computing, engine.come_back, engine.seconds_per_row = queue.Queue(), [], 8, 0, 0
-    engine.loop = SimpleNamespace(call_soon_threadsafe=lambda function, *args: function(*args))
-    engine._answer(given)
-    assert [row.future.result()["raw_scores"]["Good"] for row in given[:7]] == [-i for i in range(7)]
-    assert given[7].future.exception().status_code == 500  # the one that is too large, and nobody else
-    assert engine.computing == 0 and 10 < engine.budget < 11  # half of two rows of ten tokens, and one pass more
+    told = []
+    engine = engine_with(told, task, Scorer())
+    engine._answer([row(i, 10) for i in range(8)])
+    found = dict(pair for message in told for pair in message.get("answers", ()))
+    assert [found[i]["raw_scores"]["Good"] for i in range(7)] == [-i for i in range(7)]
+    assert found[7] is None  # the one that is too large, and nobody else
+    assert 10 < engine.budget < 11  # half of two rows of ten tokens, and one pass more
     before = engine.budget
-    engine._answer(given[:1])
+    engine._answer([row(0, 10)])
     assert engine.budget == 1.01 * before  # and back, pass by pass
+
+
+def test_the_engine_ends_behind_what_it_was_asked(task):
+    class Scorer:
+        def score_ids(self, ids, adapters):
+            return -np.ones((len(ids), 3))
+
+    told = []
+    engine = engine_with(told, task, Scorer())
+    engine.listen(json.dumps(m) for m in ({"rows": [[i, "sft", [1] * 10] for i in range(25)]}, {"drop": [3, 4]}))
+    engine.serve()
+    assert sorted(n for message in told for n, _ in message["answers"]) == [n for n in range(25) if n not in (3, 4)]
 
 
 def test_what_would_come_too_late_is_refused_at_once(narrow):

@@ -9,6 +9,7 @@ computed at start-up, about one row each), so a full disk can only meet its log.
     schemathesis run http://127.0.0.1:8000/openapi.json -H "X-API-Key: k" --max-examples 1500 --mode all
 """
 
+import concurrent.futures
 import glob
 import json
 import os
@@ -18,8 +19,9 @@ import socket
 import string
 import time
 
+import psutil
 import pytest
-from serving import Server, rows
+from serving import LONG, Server, rows
 
 FAKETIME = next(iter(glob.glob("/usr/lib/*/faketime/libfaketimeMT.so.1")), None)  # Debian's libfaketime
 
@@ -56,6 +58,20 @@ def test_killed_in_mid_load_and_started_again(server, tiny_adapter):
     states = {name: lane["state"] for name, lane in server.request("GET", "/readyz")[1]["models"].items()}
     assert states == {"base": "ready", "sft": "ready", "kd": "ready", "dpo": "missing"}
     assert server.infer("kd", "x")[0] == 200
+
+
+def test_the_process_that_owns_the_models_is_started_again(server):
+    """Killed in mid-load, it costs the requests that it had an error, and its server nothing."""
+    (engine,) = psutil.Process(server.process.pid).children()
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(server.infer, "sft", [LONG] * 32) for _ in range(8)]
+        while not server.metric("serve_queue_rows"):
+            time.sleep(0.002)
+        engine.kill()
+        assert {one.result()[0] for one in asked} <= {200, 500, 503}
+    server.wait()
+    assert server.infer("sft", "x")[0] == 200
+    assert not engine.is_running()
 
 
 def test_a_log_on_a_full_disk_stops_nobody(server):
