@@ -4,16 +4,11 @@ Nothing here is run by itself; `python sft_train.py --help` and the README show 
 """
 
 import functools
-import os
 import sys
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from distill.adapters import adapter_base, add_adapter, check_adapter
-from distill.embedded import EMBEDDED, embedded_student
 from distill.files import (  # noqa: F401 - every stage takes these from here
     ROOT,
     UserError,
@@ -31,8 +26,16 @@ from distill.files import (  # noqa: F401 - every stage takes these from here
     write_json,
     write_jsonl,
 )
-from distill.hardware import choose_precision, device
-from distill.hub import look_up
+from distill.models import (  # noqa: F401
+    DEFAULT_STUDENT,
+    EMBEDDED,
+    adapter_base,
+    add_adapter,
+    base_config,
+    check_models,
+    load_base,
+    load_model,
+)
 
 # transformers warns of what it does itself
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
@@ -150,90 +153,6 @@ def dev_split(rows, seed=SEED, frac=0.1):
     """
     dev = [unit_hash(f"dev:{seed}", r.get("group") or prompt_of(r)) < frac for r in rows]
     return [r for r, d in zip(rows, dev, strict=True) if not d], [r for r, d in zip(rows, dev, strict=True) if d]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Models
-
-DEFAULT_STUDENT = "Qwen/Qwen2.5-3B-Instruct"
-
-
-def base_config(name):
-    """(path, config, tokenizer) of what load_base takes, without its weights; UserError when there is no such model."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoTokenizer
-
-    path = embedded_student() if name == EMBEDDED else name
-    look_up(path)
-    try:
-        config = AutoConfig.from_pretrained(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, StrictDataclassError) as e:
-        reason = " ".join(str(e).split())[:300]
-        raise UserError(
-            f"{name}: neither a model folder nor a model that the hub gave; expected a folder, a hub id with network "
-            f"or in the cache, or {EMBEDDED} ({reason})"
-        ) from None
-    if tokenizer.chat_template is None:
-        raise UserError(f"{name}: the tokenizer has no chat template; expected an instruction-tuned model")
-    return path, config, tokenizer
-
-
-def load_base(name, precision="auto", base=None):
-    """(model, tokenizer) of a hub id, a local folder or the embedded student, in eval mode.
-
-    Attention goes through sdpa, transformers' default, where the architecture has it.
-
-    precision: auto, nf4 (QLoRA: double quantisation, bf16 compute), bf16 or fp32. base: base_config(name), if known.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    path, config, tokenizer = base or base_config(name)
-    precision, why = choose_precision(config, precision)
-    print(f"{name}: {precision} on {device()} ({why})", file=sys.stderr)
-    kwargs = {"dtype": torch.float32 if precision == "fp32" else torch.bfloat16}
-    if precision == "nf4":
-        kwargs["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-    if precision == "nf4" and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        # only numbers of one type can be cut in parts together
-        kwargs["quantization_config"].bnb_4bit_quant_storage = torch.bfloat16
-    kwargs["device_map"] = {"": device()}
-    if os.environ.get("OFFLOAD_FOLDER"):  # layers that do not fit wait in RAM, then in this folder
-        if precision == "nf4":
-            raise UserError("OFFLOAD_FOLDER: bitsandbytes keeps 4-bit layers on the GPU; expected --precision bf16")
-        kwargs |= {"device_map": "auto", "offload_folder": os.environ["OFFLOAD_FOLDER"]}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, **kwargs).eval()
-    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
-        raise UserError(f"{name}: its weights do not load: {str(e).strip().splitlines()[0]}") from None
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model.name_or_path = model.config.name_or_path = str(name)  # what PEFT writes into an adapter
-    model.precision = precision
-    return model, tokenizer
-
-
-def check_models(names):
-    """UserError for the first of `names` that load_model would refuse, as far as it shows before weights are loaded."""
-    bases = [check_adapter(n) if (Path(n) / "adapter_config.json").is_file() else n for n in names]
-    for base in dict.fromkeys(bases):
-        base_config(base)
-
-
-def load_model(name_or_dir, precision="auto"):
-    """(model, tokenizer), to answer, of a hub id, local folder, the embedded student, or an adapter on its base."""
-    from distill.fused import fuse_norms
-
-    adapter = (Path(name_or_dir) / "adapter_config.json").is_file()
-    model, tokenizer = load_base(adapter_base(name_or_dir) if adapter else name_or_dir, precision)
-    fuse_norms(model)
-    return add_adapter(model, name_or_dir) if adapter else model, tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -24,17 +24,13 @@ from common import (
 )
 from distill.checkpoints import start_run
 from distill.noise import add_noise_argument, noisy_copies, prompts_of
+from distill.rows import dataset, describe, drop_long, read_training_rows, split_for
 from distill.training import (
     add_arguments,
-    dataset,
-    describe,
-    drop_long,
     load_student,
     lora,
     lora_config,
-    read_training_rows,
     run_training,
-    split_for,
     trainer_class,
     training_arguments,
 )

@@ -31,9 +31,9 @@ from common import (
     sha256,
     write_jsonl,
 )
-from distill.adapters import adapter_sha256
 from distill.codegen_reply import Screen, extract_code, only_code, streamer
 from distill.codegen_sandbox import describe_isolation, run_many
+from distill.models import adapter_sha256
 
 PLAN_TOKENS = 160  # a plan is a few lines; what is longer rambles
 

@@ -32,8 +32,8 @@ from common import (
     row_hash,
     write_jsonl,
 )
-from distill.adapters import adapter_sha256
 from distill.idp_decode import Constraint, SchemaLogitsProcessor, Vocabulary, check_schema, validator
+from distill.models import adapter_sha256
 
 MAX_CHARS = 200_000  # of one document: about 100 pages; more is a mistake in the call rather than a document
 ATTEMPTS = 8  # generations of a document where the schema is not enforced in full: one greedy, the others sampled

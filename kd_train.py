@@ -14,21 +14,10 @@ import argparse
 
 from common import UserError, base_config, between, cli, label_classes, label_trie, positive
 from distill.checkpoints import may_start, start_run
+from distill.rows import dataset, describe, encode, read_training_rows, split_for
 from distill.teacher_topk import TopK
 from distill.teachers import by_tokens, check, teach
-from distill.training import (
-    add_arguments,
-    dataset,
-    describe,
-    encode,
-    load_student,
-    lora,
-    read_training_rows,
-    run_training,
-    split_for,
-    trainer_class,
-    training_arguments,
-)
+from distill.training import add_arguments, load_student, lora, run_training, trainer_class, training_arguments
 
 
 def main(args):

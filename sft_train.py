@@ -10,19 +10,8 @@ import argparse
 from common import cli
 from distill.checkpoints import start_run
 from distill.noise import add_noise_argument, noisy_copies, prompts_of
-from distill.training import (
-    add_arguments,
-    dataset,
-    describe,
-    encode,
-    load_student,
-    lora,
-    read_training_rows,
-    run_training,
-    split_for,
-    trainer_class,
-    training_arguments,
-)
+from distill.rows import dataset, describe, encode, read_training_rows, split_for
+from distill.training import add_arguments, load_student, lora, run_training, trainer_class, training_arguments
 
 
 def main(args):

@@ -5,8 +5,8 @@ import shutil
 import zipfile
 from pathlib import Path
 
-from distill.adapters import adapter_sha256
 from distill.files import UserError, check_row, file_sha256, read_json, task_file, write_json
+from distill.models import adapter_sha256
 from distill.report import run_record
 
 # what a resumed run may have otherwise; everything else must be the same, so that a new flag is never forgotten

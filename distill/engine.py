@@ -31,8 +31,8 @@ import numpy as np
 
 import common
 from common import ROOT, Calibration, LabelScorer, Task, UserError
-from distill.adapters import check_plain
 from distill.hardware import cap_memory
+from distill.models import check_plain
 from infer_creditmix import answers
 
 MODELS = ("base", "sft", "kd", "dpo")

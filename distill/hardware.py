@@ -22,6 +22,20 @@ def cap_memory(gib=None):
     return min(gib or whole, whole)
 
 
+def room():
+    """Bytes for weights on each device, as accelerate asks: a third of this process's GPU share is for activations."""
+    import torch
+    from accelerate.utils import get_max_memory
+
+    free = get_max_memory()
+    if torch.cuda.is_available():
+        gpu = device().index
+        whole = torch.cuda.get_device_properties(gpu).total_memory
+        share = torch.cuda.get_per_process_memory_fraction(gpu) * whole
+        free = {gpu: int(min(free[gpu], share * 2 / 3)), "cpu": free["cpu"]}
+    return free
+
+
 def choose_precision(config, precision="auto"):
     """(precision, why): "nf4" where 16 bits would not leave room on a small card, "bf16" on a GPU, "fp32" on a CPU."""
     if precision != "auto":

@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import ROOT, UserError, cli, load_model, prompt_ids
-from distill.embedded import EMBEDDED, embedded_student
 from distill.idp_decode import Constraint, SchemaLogitsProcessor, Vocabulary, check_schema, validator
+from distill.models import EMBEDDED, embedded_student
 from infer_idp import parse_valid
 
 BUDGETS = {"min": 0, "min+1": 1, "min+3": 3, "min+16": 16, "min+64": 64, "min+256": 256}

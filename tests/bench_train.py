@@ -385,7 +385,12 @@ def compiled_rope(trainer):
         module.apply_rotary_pos_emb = torch.compile(module.plain_rope, dynamic=True)
 
 
-VARIANTS = {"rope": compiled_rope, "peft": peft_layers, "peft compiled": compiled_peft_layers}
+def unpaged(trainer):
+    """Adam's moments on the GPU from the start, instead of in pages that move there."""
+    trainer.args.optim = "adamw_torch"
+
+
+VARIANTS = {"rope": compiled_rope, "peft": peft_layers, "peft compiled": compiled_peft_layers, "unpaged": unpaged}
 
 
 def now():

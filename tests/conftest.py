@@ -14,7 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from common import Calibration, Task, write_json  # noqa: E402
-from distill.embedded import embedded_student  # noqa: E402
+from distill.models import embedded_student  # noqa: E402
 
 
 @pytest.fixture(scope="session")

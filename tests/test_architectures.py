@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from common import LabelScorer, load_base
 from distill import trees
-from distill.embedded import embedded_student
+from distill.models import embedded_student
 from distill.trees import ignores_mask, why_no_trees
 
 

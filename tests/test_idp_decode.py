@@ -14,8 +14,8 @@ from llguidance import LLMatcher
 from transformers import AutoTokenizer
 
 from common import UserError, cli, harmless, load_model, prompt_ids
-from distill.embedded import embedded_student
 from distill.idp_decode import Constraint, SchemaLogitsProcessor, Vocabulary, check_schema, closing, validator
+from distill.models import embedded_student
 from infer_idp import (
     extract,
     generate,

@@ -21,7 +21,7 @@ from serving import Server
 
 from common import UserError, base_config, load_model, row_hash, write_jsonl
 from distill import teachers
-from distill.training import encode
+from distill.rows import encode
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -1,0 +1,106 @@
+"""Around every request of a server: limits on its body, an id, metrics for Prometheus, one line of the log."""
+
+import asyncio
+import io
+import json
+import logging
+import re
+import time
+import uuid
+from datetime import UTC, datetime
+
+from fastapi import HTTPException
+from fastapi.responses import JSONResponse
+from prometheus_client import Counter, Gauge, Histogram, Summary
+
+from distill.engine import MODELS
+
+MAX_BODY = 256 * 1024
+BODY_SECONDS = 5  # for a client to send its body
+REJECTIONS = {
+    400: "malformed",
+    401: "key",
+    404: "no adapter",
+    408: "slow body",
+    413: "too large",
+    422: "invalid",
+    499: "client gone",
+    503: "full or not ready",
+    504: "deadline",
+}
+
+QUEUED = Gauge("serve_queue_rows", "Rows that are accepted and not answered")
+PEAK = Gauge("serve_gpu_peak_bytes", "Most GPU memory that was reserved; 0 on a CPU")
+BATCH = Histogram("serve_batch_rows", "Rows of one forward pass", buckets=[2**i for i in range(8)])
+SECONDS = Histogram("serve_request_seconds", "Time of a request", ["model"], buckets=[0.005 * 2**i for i in range(14)])
+REQUESTS = Counter("serve_requests_total", "Requests by status", ["model", "status"])
+REJECTED = Counter("serve_rejections_total", "Requests without a prediction", ["reason"])
+CLASSES = Counter("serve_predictions_total", "Predictions by class", ["model", "label"])
+MARGIN = Summary("serve_top2_margin", "Best calibrated score less the next; a mean that moves is drift", ["model"])
+LOG = logging.getLogger("serve")
+
+
+def log(event, **fields):
+    """One JSON line on standard output. No text of a request goes in: it is about people."""
+    LOG.info(json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields}))
+
+
+def open_log():
+    """Write it past sys.stdout's buffer: what a full disk refuses would stay there, and a later print fails for it."""
+    stream = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), encoding="utf-8", write_through=True)
+    LOG.handlers, LOG.propagate = [logging.StreamHandler(stream)], False
+    LOG.setLevel(logging.INFO)
+
+
+class Gate:
+    """Around every request: an id, limits on its body's size and time, metrics and one log line.
+
+    Plain ASGI: Starlette's BaseHTTPMiddleware would hide from the handlers that a client has left.
+    """
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        started, status, size, whole, engine = time.monotonic(), 500, 0, False, scope["app"].state.engine
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        request_id = given if re.fullmatch(r"[\w.-]{1,64}", given, re.ASCII) else uuid.uuid4().hex
+        about = scope.setdefault("state", {})
+
+        async def limited_receive():
+            nonlocal size, whole
+            try:
+                async with asyncio.timeout(None if whole else max(0, started + BODY_SECONDS - time.monotonic())):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, f"expected the whole body within {BODY_SECONDS} s") from None
+            size, whole = size + len(message.get("body", b"")), not message.get("more_body")
+            if size > MAX_BODY:
+                raise HTTPException(413, f"expected a body of at most {MAX_BODY} bytes")
+            return message
+
+        async def send_with_id(message):
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        scope["deadline"] = started + engine.config.deadline
+        app = self.app
+        if scope["path"].startswith("/infer/") and (full := engine.full()):  # before anything costs time
+            app = JSONResponse({"detail": full.detail}, full.status_code, full.headers)
+        try:
+            await app(scope, limited_receive, send_with_id)
+        finally:
+            seconds = time.monotonic() - started
+            model = scope.get("path_params", {}).get("model")
+            if model in MODELS:
+                REQUESTS.labels(model, status).inc()
+                SECONDS.labels(model).observe(seconds)
+            if status in REJECTIONS and scope["path"].startswith("/infer/"):
+                REJECTED.labels(REJECTIONS[status]).inc()
+            fields = {"request_id": request_id, "method": scope["method"], "path": scope["path"], "status": status}
+            log("request", **fields, ms=round(1000 * seconds, 1), client=(scope.get("client") or "?")[0], **about)

