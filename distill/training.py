@@ -239,6 +239,9 @@ def training_arguments(args, model, rows, dev, task, passes=1):
     import torch
 
     cuda, large = torch.cuda.is_available(), model.precision == "nf4"
+    # recomputing activations costs a forward pass, which a small model can do without; where layers come and go it also
+    # keeps autograd from holding the weights of all of them
+    recompute = large or bool(os.environ.get("OFFLOAD_FOLDER"))
     micro, accumulate = micro_batch(args)
     world = int(os.environ.get("WORLD_SIZE", 1))
     if cuda and world > 1 and not args.micro_batch:  # several processes cannot try what fits: the estimate has to do
@@ -266,8 +269,7 @@ def training_arguments(args, model, rows, dev, task, passes=1):
         "warmup_steps": 0.03,  # below 1 it is a share
         "optim": "paged_adamw_32bit" if cuda and large else "adamw_torch",
         "bf16": model.precision != "fp32",
-        # recomputing activations costs a forward pass; a small model has room for them. TRL still asks by the old name
-        "gradient_checkpointing": large,
+        "gradient_checkpointing": recompute,  # TRL still asks by the old name
         "eval_strategy": "steps" if dev else "no",
         "save_strategy": "steps",
         "eval_steps": every,

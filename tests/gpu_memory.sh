@@ -7,16 +7,15 @@ export OMP_NUM_THREADS=4 HF_HUB_OFFLINE=1 TQDM_MININTERVAL=20
 python creditmix_prepare.py --src data/creditmix_dataset.json --outdir "$out/data" > "$out/prepare.log" || exit 1
 python tests/random_model.py 3b "$out/3b" || exit 1
 said() { echo "== $1"; shift; timeout 170 "$@" > "$out/log" 2>&1 || echo "failed: $?"; tr '\r' '\n' < "$out/log" | grep -v 'it/s\|Loading weights' | tail -"${lines:-9}"; }
-segments() { env PYTORCH_ALLOC_CONF="expandable_segments:$1" "${@:2}"; }
 for how in False True; do
   said "server, 3B in NF4 under 4 GiB, expandable segments $how" \
-    segments $how env MAX_VRAM_GB=4 python tests/bench_serve.py --base "$out/3b" --rows 1024 --rounds 1
+    env PYTORCH_ALLOC_CONF=expandable_segments:$how MAX_VRAM_GB=4 python tests/bench_serve.py --base "$out/3b" --rows 1024 --rounds 1
 done
 said "server, embedded student" python tests/bench_serve.py --rows 1024 --rounds 1
 lines=4
 for how in False True; do
   said "SFT, 3B in NF4, 384 rows asked under 8 GiB, expandable segments $how" \
-    segments $how python sft_train.py --student "$out/3b" --data "$out/data/creditmix_sft.jsonl" --precision nf4 \
+    env PYTORCH_ALLOC_CONF=expandable_segments:$how python sft_train.py --student "$out/3b" --data "$out/data/creditmix_sft.jsonl" --precision nf4 \
     --max_vram_gb 8 --batch_size 384 --max_steps 4 --dev_rows 8 --eval_steps 1000 --save_dir "$out/sft-$how"
 done
 lines=6 said "paged optimizer or not, 3B in NF4, 160 rows" \

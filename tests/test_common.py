@@ -26,6 +26,7 @@ from common import (
     read_rows,
     unit_hash,
 )
+from distill import models
 
 SIX = ("Good", "Good enough", "Standard", "Bad", "Very bad indeed", "Very good")  # several tokens, one a beginning
 
@@ -282,6 +283,18 @@ def test_a_model_folder_with_a_broken_config(tiny, tmp_path, field, value):
     with pytest.raises(UserError, match=r"neither a model folder nor|its weights do not load") as e:
         load_model(tmp_path / "m")
     assert "\n" not in str(e.value)
+
+
+def test_layers_that_do_not_fit_wait_elsewhere_and_score_the_same(tiny, task, tmp_path, monkeypatch):
+    prompts = [task.prompt(text) for text in task.null_inputs]
+    plain = LabelScorer(*load_model(tiny), task.labels, prompts).score(prompts)
+    monkeypatch.setenv("OFFLOAD_FOLDER", str(tmp_path))
+    monkeypatch.setattr(models, "room", lambda: {"cpu": 12_800_000})  # the embeddings, and no layer
+    model, tokenizer = load_model(tiny)
+    assert {"cpu", "disk"} <= set(model.hf_device_map.values())
+    assert np.allclose(LabelScorer(model, tokenizer, task.labels, prompts).score(prompts), plain, atol=1e-5)
+    with pytest.raises(UserError, match="OFFLOAD_FOLDER: bitsandbytes keeps 4-bit layers on the GPU"):
+        load_model(tiny, "nf4")
 
 
 @pytest.mark.parametrize(("field", "value"), [("peft_type", "NOPE"), ("r", "x"), ("r", 3)])
