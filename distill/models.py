@@ -50,7 +50,12 @@ def load_base(name, precision="auto", base=None):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     path, config, tokenizer = base or base_config(name)
-    precision, why = choose_precision(config, precision)
+    asked, (precision, why) = precision, choose_precision(config, precision)
+    offload = os.environ.get("OFFLOAD_FOLDER")  # layers that do not fit wait in RAM, then in this folder
+    if offload and precision == "nf4":
+        if asked == "nf4":
+            raise UserError("OFFLOAD_FOLDER: bitsandbytes keeps 4-bit layers on the GPU; expected --precision bf16")
+        precision, why = "bf16", "OFFLOAD_FOLDER takes no 4-bit layers"
     print(f"{name}: {precision} on {device()} ({why})", file=sys.stderr)
     kwargs = {"dtype": torch.float32 if precision == "fp32" else torch.bfloat16}
     if precision == "nf4":
@@ -64,10 +69,8 @@ def load_base(name, precision="auto", base=None):
         # only numbers of one type can be cut in parts together
         kwargs["quantization_config"].bnb_4bit_quant_storage = torch.bfloat16
     kwargs["device_map"] = {"": device()}
-    if os.environ.get("OFFLOAD_FOLDER"):  # layers that do not fit wait in RAM, then in this folder
-        if precision == "nf4":
-            raise UserError("OFFLOAD_FOLDER: bitsandbytes keeps 4-bit layers on the GPU; expected --precision bf16")
-        kwargs |= {"device_map": "auto", "offload_folder": os.environ["OFFLOAD_FOLDER"], "max_memory": room()}
+    if offload:
+        kwargs |= {"device_map": "auto", "offload_folder": offload, "max_memory": room()}
     try:
         model = AutoModelForCausalLM.from_pretrained(path, **kwargs).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:

@@ -45,6 +45,8 @@ def load_student(args, rows, base=None):
     """
     from distill.memory import expected_memory, expected_step, longest_texts, smaller
 
+    if os.environ.get("OFFLOAD_FOLDER"):  # autograd holds the weights of every layer, or finds them gone
+        raise UserError("OFFLOAD_FOLDER: layers that come and go cannot be trained through; expected --precision nf4")
     cap = cap_memory(args.max_vram_gb)
     if args.max_vram_gb and not cap:
         print("--max_vram_gb: no GPU here, so there is nothing to cap")
@@ -58,7 +60,7 @@ def load_student(args, rows, base=None):
         print("expected memory: not known for an architecture without attention and MLP of the usual names")
     else:
         print(f"expected memory: about {gib:.1f} GiB ({micro} rows at once, as {shape[0]} trees of {shape[1]} tokens)")
-        if cap and weights > cap and not os.environ.get("OFFLOAD_FOLDER"):
+        if cap and weights > cap:
             raise UserError(
                 f"{args.student}: {weights:.1f} GiB of weights in {precision} under {cap:.1f} GiB; {smaller(precision)}"
             )
@@ -239,9 +241,6 @@ def training_arguments(args, model, rows, dev, task, passes=1):
     import torch
 
     cuda, large = torch.cuda.is_available(), model.precision == "nf4"
-    # recomputing activations costs a forward pass, which a small model can do without; where layers come and go it also
-    # keeps autograd from holding the weights of all of them
-    recompute = large or bool(os.environ.get("OFFLOAD_FOLDER"))
     micro, accumulate = micro_batch(args)
     world = int(os.environ.get("WORLD_SIZE", 1))
     if cuda and world > 1 and not args.micro_batch:  # several processes cannot try what fits: the estimate has to do
@@ -269,7 +268,8 @@ def training_arguments(args, model, rows, dev, task, passes=1):
         "warmup_steps": 0.03,  # below 1 it is a share
         "optim": "paged_adamw_32bit" if cuda and large else "adamw_torch",
         "bf16": model.precision != "fp32",
-        "gradient_checkpointing": recompute,  # TRL still asks by the old name
+        # recomputing activations costs a forward pass; a small model has room for them. TRL still asks by the old name
+        "gradient_checkpointing": large,
         "eval_strategy": "steps" if dev else "no",
         "save_strategy": "steps",
         "eval_steps": every,

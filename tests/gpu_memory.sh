@@ -9,20 +9,21 @@ python tests/random_model.py 3b "$out/3b" || exit 1
 said() { echo "== $1"; shift; timeout 170 "$@" > "$out/log" 2>&1 || echo "failed: $?"; tr '\r' '\n' < "$out/log" | grep -v 'it/s\|Loading weights' | tail -"${lines:-9}"; }
 for how in False True; do
   said "server, 3B in NF4 under 4 GiB, expandable segments $how" \
-    env PYTORCH_ALLOC_CONF=expandable_segments:$how MAX_VRAM_GB=4 python tests/bench_serve.py --base "$out/3b" --rows 1024 --rounds 1
+    env PYTORCH_ALLOC_CONF=expandable_segments:$how MAX_VRAM_GB=4 \
+    python tests/bench_serve.py --base "$out/3b" --rows 1024 --rounds 1
 done
 said "server, embedded student" python tests/bench_serve.py --rows 1024 --rounds 1
-lines=4
-for how in False True; do
+lines=5
+for how in True False; do
   said "SFT, 3B in NF4, 384 rows asked under 8 GiB, expandable segments $how" \
-    env PYTORCH_ALLOC_CONF=expandable_segments:$how python sft_train.py --student "$out/3b" --data "$out/data/creditmix_sft.jsonl" --precision nf4 \
-    --max_vram_gb 8 --batch_size 384 --max_steps 4 --dev_rows 8 --eval_steps 1000 --save_dir "$out/sft-$how"
+    env PYTORCH_ALLOC_CONF=expandable_segments:$how \
+    python sft_train.py --student "$out/3b" --data "$out/data/creditmix_sft.jsonl" --precision nf4 --max_vram_gb 8 \
+    --batch_size 384 --max_steps 8 --dev_rows 8 --eval_steps 1000 --save_dir "$out/sft-$how"
 done
-lines=6 said "paged optimizer or not, 3B in NF4, 160 rows" \
+lines=40 said "paged optimizer or not, 3B in NF4, 160 rows" \
   python tests/bench_train.py --only 3b --routes sft --kinds ours --rows 160 --variants unpaged --steps 2
 mkdir -p "$out/offload"
 for folder in "" "$out/offload"; do
-  said "SFT, 3B in bf16 under 4 GiB, 32 rows, ${folder:+layers that do not fit in RAM}" env OFFLOAD_FOLDER="$folder" \
-    python sft_train.py --student "$out/3b" --data "$out/data/creditmix_sft.jsonl" --precision bf16 --max_vram_gb 4 \
-    --batch_size 32 --max_steps 3 --dev_rows 8 --eval_steps 1000 --save_dir "$out/bf16-${folder:+offload}"
+  lines=2 said "server, 3B in bf16${folder:+ under 4 GiB, the other layers in RAM}" env OFFLOAD_FOLDER="$folder" \
+    python tests/offloaded.py "$out/3b" ${folder:+4}
 done
