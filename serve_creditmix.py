@@ -73,8 +73,12 @@ class Engine:
     async def run(self):
         """Hear the process until it is stopped; one that had loaded is started again when it dies."""
         while True:
-            async for line in self.process.stdout:
-                await self.hear(json.loads(line))
+            try:
+                async for line in self.process.stdout:
+                    await self.hear(json.loads(line))
+            except UserError as e:  # a model whose tokenizer does not load here
+                self.fail(str(e))
+                self.process.kill()
             code = await self.process.wait()
             for waits in (self.rows, self.reloads):
                 for number in list(waits):
@@ -108,11 +112,15 @@ class Engine:
             self.lanes, self.longest = told["lanes"], told["longest"]
             PEAK.set(told["gpu_peak"])
             if self.tokenizer is None:
-                self.tokenizer = (await asyncio.to_thread(common.base_config, self.config.base))[2]
+                await asyncio.to_thread(self.load_tokenizer)
             if told["state"] == "ready" and self.state == "loading":
                 self.state = "ready"
                 states = {name: lane["state"] for name, lane in self.lanes.items()}
                 log("ready", base_model=self.config.base, models=states)
+
+    def load_tokenizer(self):
+        self.tokenizer = common.base_config(self.config.base)[2]
+        common.prompt_ids(self.tokenizer, self.config.task.null_prompts())  # its first call compiles the template
 
     def say(self, **message):
         self.process.stdin.write((json.dumps(message) + "\n").encode())
@@ -123,12 +131,15 @@ class Engine:
         self.on_failure()
 
     async def stop(self):
-        """End the process behind what it has been asked; at once where it is still loading."""
-        if self.state == "loading" and self.process.returncode is None:
-            self.process.kill()
+        """End the process behind what it has been asked; at once where it is still loading or answers no more."""
+        patience = 0 if self.state == "loading" else self.config.deadline
         if self.state != "failed":
             self.state = "stopped"
         self.process.stdin.close()
+        try:
+            await asyncio.wait_for(self.process.wait(), patience)
+        except TimeoutError:
+            self.process.kill()
 
     def check(self, model):
         """HTTPException 404 or 503 unless this model can answer now."""

@@ -2,11 +2,6 @@
 
 import os
 
-# Segments that grow leave fewer holes: more rows fit under a cap, and none has to be given back when a size is new.
-# Read when torch starts, so set before that; what the user has set stays.
-if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-
 
 def device():
     """The device this process computes on; under `accelerate launch` each process has its own GPU."""

@@ -65,7 +65,8 @@ def same(a, b):
 async def overload(server, asked, rate, seconds):
     """([(number of the row, status, seconds, answer)], memory in MB every second); "left" for those who left."""
     results, memory, running = [], [], set()
-    process = psutil.Process(server.process.pid)
+    http = psutil.Process(server.process.pid)
+    processes = [http, *http.children()]  # the other one owns the models
     started = time.monotonic()
     bar = tqdm(total=int(seconds), desc="overload", unit="s", file=sys.stderr)
     for k in range(int(rate * seconds)):
@@ -74,7 +75,7 @@ async def overload(server, asked, rate, seconds):
         running.add(task)
         task.add_done_callback(lambda t: (running.discard(t), results.append(t.result())))
         while len(memory) <= time.monotonic() - started:
-            memory.append(process.memory_info().rss / 2**20)
+            memory.append(sum(p.memory_info().rss for p in processes) / 2**20)
             bar.update()
     while running:
         await asyncio.wait(running)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from common import Task, UserError, check_models, holdout, row_hash, write_json
-from eval_creditmix import bootstrap, confusion, ece, from_confusion, mcnemar, metrics, takes_over
+from distill.metrics import bootstrap, confusion, ece, from_confusion, mcnemar, metrics, takes_over
 
 LABELS = ("Good", "Good enough", "Standard", "Bad", "Very bad indeed", "Very good")  # one begins another
 TASK6 = Task("grades", LABELS, "Grade it.\n\n{input}", ("N/A", ""))
