@@ -38,7 +38,6 @@ from infer_creditmix import answers
 MODELS = ("base", "sft", "kd", "dpo")
 MAX_ROWS = 128  # of one batch; batches are also cut where the scorer would cut them
 WAIT = 0.003  # seconds that a lone row waits for company
-COME_BACK = 0.25  # of the last pass's time, behind it: for the clients that it answered; on a GPU, where a row is cheap
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ class Engine:
         self.lanes = dict.fromkeys(MODELS, Lane("loading"))
         self.queue = queue.Queue()  # of rows and of what else is asked, None at the end; the other process bounds it
         self.seconds_per_row = 0.0  # a running mean
-        self.back, self.expected = 0.0, 0  # when answered clients should be back, and then so many rows wait
+        self.busy_since = None  # when the last pass ended, if rows were waiting then
         self._taken, self._command, self._ended = [], None, False  # from the queue: rows, oldest first; what runs next
         self._generation = itertools.count(1)
 
@@ -120,7 +119,7 @@ class Engine:
         self.model, self.tokenizer = common.load_model(self.config.base)
         # the scorer cuts batches at so many padded tokens; one collected here is then one forward pass
         cpu = self.model.device.type == "cpu"
-        self.tokens, self.come_back, self.near = (2048, 0.0, 64) if cpu else (16384, COME_BACK, 2 * MAX_ROWS)
+        self.tokens, self.near = (2048, 64) if cpu else (16384, 2 * MAX_ROWS)
         self.budget = self.tokens  # of a batch; fewer for a while where the GPU had no room for so many
         self._renew_scorer()
         self.longest = self.model.config.max_position_embeddings - len(self.scorer.trie.nodes)
@@ -264,10 +263,7 @@ class Engine:
         self.tell({"state": state, "failure": failure, "lanes": lanes, "longest": longest, "gpu_peak": gpu_peak()})
 
     def _collect(self):
-        """Rows of the next forward pass; a reload that has come runs behind them, ahead of the rows that are left.
-
-        Clients that were just answered come back one by one: who starts without them has half of them in each pass.
-        """
+        """Rows of the next forward pass; a reload that has come runs behind them, ahead of the rows that are left."""
         while True:
             with contextlib.suppress(queue.Empty):
                 while not self._command:
@@ -275,8 +271,7 @@ class Engine:
             batch = self._choose()
             if self._command or self._ended or len(batch) < len(self._taken):
                 break
-            until = self.back if len(batch) < self.expected else 0.0
-            timeout = max(0.0, until - time.monotonic(), batch[0].arrived + WAIT - time.monotonic()) if batch else None
+            timeout = max(0.0, batch[0].arrived + WAIT - time.monotonic()) if batch else None
             try:
                 self._take_one(self.queue.get(timeout=timeout))
             except queue.Empty:
@@ -329,8 +324,9 @@ class Engine:
             self._answer(batch[:half])
             return self._answer(batch[half:])
         now = time.monotonic()
-        self.back, self.expected = now + self.come_back * (now - started), len(batch) + self.waiting()
-        self.seconds_per_row += 0.2 * ((now - started) / len(batch) - self.seconds_per_row)
+        took = now - (self.busy_since or started)  # under load, what lies between passes costs the rows time too
+        self.seconds_per_row += 0.2 * (took / len(batch) - self.seconds_per_row)
+        self.busy_since = now if self.waiting() else None
         told = [[row.number, answer] for row, answer in zip(batch, found, strict=True)]
         self.tell({"answers": told, "seconds_per_row": self.seconds_per_row, "gpu_peak": gpu_peak()})
 

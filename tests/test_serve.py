@@ -335,7 +335,7 @@ def engine_with(told, task, scorer):
     engine.scorer, engine.model = scorer, None
     engine.lanes = {"sft": Lane("ready", "", "sft-1", task, Calibration(), np.zeros(3))}
     engine.tokens = engine.budget = 100
-    engine.come_back, engine.near = 0.0, 64
+    engine.near = 64
     return engine
 
 
