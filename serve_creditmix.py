@@ -82,7 +82,7 @@ class Engine:
             code = await self.process.wait()
             for waits in (self.rows, self.reloads):
                 for number in list(waits):
-                    waits.pop(number).set_exception(HTTPException(500, "the model's process ended"))
+                    settle(waits.pop(number), HTTPException(500, "the model's process ended"))
             if self.state != "ready":
                 break
             log("model process ended", code=code)
@@ -99,13 +99,14 @@ class Engine:
             PEAK.set(told["gpu_peak"])
             self.seconds_per_row = told["seconds_per_row"]
             for number, answer in told["answers"]:
-                future = self.rows.pop(number, None)  # none: its client left
-                if future and answer:
-                    future.set_result(answer)
-                elif future:
-                    future.set_exception(HTTPException(500, "the model failed; the server's log says why"))
+                settle(
+                    self.rows.pop(number), answer or HTTPException(500, "the model failed; the server's log says why")
+                )
+        elif "dropped" in told:
+            for number in told["dropped"]:
+                del self.rows[number]
         elif "reloaded" in told:
-            self.reloads.pop(told["reloaded"]).set_result(told["error"])
+            settle(self.reloads.pop(told["reloaded"]), told["error"])
         elif told["state"] == "failed":
             self.fail(told["failure"])
         else:
@@ -176,8 +177,8 @@ class Engine:
         return rows
 
     def drop(self, rows):
-        """Take back the rows that nobody waits for any more."""
-        if left := [number for number in rows if self.rows.pop(number, None)]:
+        """Take back rows that nobody waits for any more; one in a forward pass counts until that has ended."""
+        if left := [number for number in rows if number in self.rows]:
             self.say(drop=left)
 
     async def reload(self, model):
@@ -186,6 +187,12 @@ class Engine:
         self.reloads[number] = asyncio.get_running_loop().create_future()
         self.say(reload=model, number=number)
         return await self.reloads[number]
+
+
+def settle(future, found):
+    """Give a future what was found, an exception or a result, unless nobody waits for it any more."""
+    if not future.done():
+        (future.set_exception if isinstance(found, Exception) else future.set_result)(found)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

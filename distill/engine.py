@@ -8,7 +8,7 @@ HTTP both want Python's interpreter. The two exchange JSON lines, on this proces
 and on its standard output
 
     {"state": ..., ...}  after each change   {"answers": [[number, answer or null], ...], ...}   {"log": event, ...}
-    {"reloaded": number, "error": null or text}
+    {"dropped": [number, ...]}   {"reloaded": number, "error": null or text}
 
 End of input: what was asked is answered, then it ends. One thread owns the models, since two with different adapters
 gave wrong answers without a word.
@@ -286,7 +286,9 @@ class Engine:
         elif item is None:
             self._ended = True
         elif "drop" in item:  # rows that nobody waits for any more, as far as they are in no pass yet
-            self._taken = [row for row in self._taken if row.number not in item["drop"]]
+            gone = [row for row in self._taken if row.number in item["drop"]]
+            self._taken = [row for row in self._taken if row not in gone]
+            self.tell({"dropped": [row.number for row in gone]})
         else:
             self._command = item
 

@@ -382,6 +382,7 @@ def test_the_engine_ends_behind_what_it_was_asked(task):
     engine = engine_with(told, task, Scorer())
     engine.listen(json.dumps(m) for m in ({"rows": [[i, "sft", [1] * 10] for i in range(25)]}, {"drop": [3, 4]}))
     engine.serve()
+    assert told.pop(0) == {"dropped": [3, 4]}
     assert sorted(n for message in told for n, _ in message["answers"]) == [n for n in range(25) if n not in (3, 4)]
 
 
