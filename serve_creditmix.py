@@ -51,7 +51,7 @@ LOADING = {"state": "loading", "detail": "", "calibration": None}
 # The engine's door: what is let in, and who waits for which answer
 
 
-class Engine:
+class EngineClient:
     """The process that owns the models (distill/engine.py), and what it has yet to answer."""
 
     def __init__(self, config, on_failure):
@@ -98,10 +98,9 @@ class Engine:
             BATCH.observe(len(told["answers"]))
             PEAK.set(told["gpu_peak"])
             self.seconds_per_row = told["seconds_per_row"]
+            failed = HTTPException(500, "the model failed; the server's log says why")
             for number, answer in told["answers"]:
-                settle(
-                    self.rows.pop(number), answer or HTTPException(500, "the model failed; the server's log says why")
-                )
+                settle(self.rows.pop(number), answer or failed)
         elif "dropped" in told:
             for number in told["dropped"]:
                 del self.rows[number]
@@ -202,7 +201,7 @@ def settle(future, found):
 @contextlib.asynccontextmanager
 async def lifespan(app):
     open_log()
-    engine = app.state.engine = Engine(settings(), getattr(app.state, "on_failure", lambda: None))
+    engine = app.state.engine = EngineClient(settings(), getattr(app.state, "on_failure", lambda: None))
     await engine.start()
     running = asyncio.create_task(engine.run())
     while getattr(app.state, "start_when_loaded", False) and engine.state == "loading":
