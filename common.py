@@ -1,6 +1,7 @@
-"""What every stage shares: the task, the split, loading, the prompt, the label scorer, calibration; files and errors.
+"""What every stage shares: the task, the split, the prompt, the label scorer, calibration.
 
-Nothing here is run by itself; `python sft_train.py --help` and the README show the stages.
+Loading models, files and errors are passed on from distill/. Nothing here is run by itself; `python sft_train.py
+--help` and the README show the stages.
 """
 
 import functools

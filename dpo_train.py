@@ -1,6 +1,7 @@
 """Direct preference optimisation: rows {"prompt", "chosen", "rejected"} -> an adapter folder.
 
-    python dpo_train.py --student Qwen/Qwen2.5-3B-Instruct --data data/creditmix_dpo.jsonl --save_dir runs/creditmix_dpo
+    python dpo_train.py --student Qwen/Qwen2.5-3B-Instruct --data data/creditmix_dpo.jsonl \
+        --save_dir runs/creditmix_dpo --init_adapter runs/creditmix_sft
     python dpo_train.py --student smollm2-135m --data data/creditmix_dpo.jsonl --save_dir runs/try --max_steps 20  # CPU
 
 The reference is the base model with the adapter off, or with --init_adapter a frozen copy of that adapter; its

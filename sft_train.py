@@ -1,8 +1,7 @@
 """Supervised fine-tuning with QLoRA: rows {"input", "output"} -> an adapter folder.
 
-    python sft_train.py --student Qwen/Qwen2.5-3B-Instruct --data data/creditmix_sft.jsonl \
-        --save_dir runs/creditmix_sft --epochs 5 --max_steps 7115
-    python sft_train.py --student smollm2-135m --data data/creditmix_sft.jsonl --save_dir runs/try --max_steps 20  # CPU
+python sft_train.py --student Qwen/Qwen2.5-3B-Instruct --data data/creditmix_sft.jsonl --save_dir runs/creditmix_sft
+python sft_train.py --student smollm2-135m --data data/creditmix_sft.jsonl --save_dir runs/try --max_steps 20  # CPU
 """
 
 import argparse

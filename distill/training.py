@@ -338,7 +338,7 @@ def run_training(trainer, args, task, dev, record, prompts):
     default_signals()
     if not trainer.state.best_model_checkpoint:  # whose adapter is the mean, and is loaded by now
         trainer.exchange()
-    peak = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None  # what nvidia-smi shows
+    peak = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None  # without CUDA itself
     tensors = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
     record |= {
         "student": args.student,
@@ -421,7 +421,7 @@ def add_arguments(p, data, save_dir, lr):
     p.add_argument("--lr", type=positive(float), default=lr, help="peak learning rate (default: %(default)s)")
     p.add_argument("--batch_size", type=positive(int), default=16, help="of all GPUs together (default: 16)")
     p.add_argument("--micro_batch", type=positive(int), help="rows at once; default: the batch on a GPU, 8 on a CPU")
-    p.add_argument("--max_vram_gb", type=positive(float), help="GiB that tensors may take; default: the GPU's memory")
+    p.add_argument("--max_vram_gb", type=positive(float), help="GiB that torch may reserve; default: the GPU's memory")
     p.add_argument(
         "--lora_r", type=positive(int), default=16, help="rank of a fresh adapter, alpha is twice that (default: 16)"
     )
