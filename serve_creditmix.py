@@ -9,7 +9,7 @@
 
 Environment: BASE_MODEL; SFT_DIR, KD_DIR, DPO_DIR; TASK (data/creditmix_task.json); HOST, PORT; API_KEY (then /infer and
 /admin ask for the header X-API-Key); DEADLINE (30 seconds a request); MAX_QUEUE (512 rows); MAX_VRAM_GB (the
-GPU's); OFFLOAD_FOLDER.
+GPU's); OFFLOAD_FOLDER (where layers of a base without adapters may wait that fit neither the GPU nor RAM).
 
 This process speaks HTTP and bounds the queue; another one owns the models and answers the rows of all four in one
 forward pass (distill/engine.py). Nothing is kept on disk.
@@ -36,7 +36,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 import common
 from common import ROOT, UserError
-from distill.engine import MODELS, settings
+from distill.engine import MODELS, Lane, one_line, settings
 from distill.gate import BATCH, CLASSES, MARGIN, PEAK, QUEUED, REJECTIONS, Gate, log, open_log
 
 MAX_FEATURES = 4000  # characters; the six fields need about 200
@@ -45,7 +45,8 @@ EXAMPLE = (
     "Age: 23.0, Occupation: Scientist, Annual Income: 19114.12, Outstanding Debt: 809.98, "
     "Credit Utilization Ratio: 35.03, Payment Behaviour: Low_spent_Small_value_payments"
 )
-LOADING = {"state": "loading", "detail": "", "calibration": None}
+LOADING = Lane("loading").about()
+FAILED = "the model failed; the server's log says why"
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The engine's door: what is let in, and who waits for which answer
@@ -62,33 +63,47 @@ class EngineClient:
         QUEUED.set_function(lambda: len(self.rows))
 
     async def start(self):
-        """Start the process."""
-        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        """Start the process; in a group of its own, so that Ctrl-C reaches it as the end of its input."""
+        self.state, self.lanes = "loading", dict.fromkeys(MODELS, LOADING)
+        path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         pipes = {"stdin": asyncio.subprocess.PIPE, "stdout": asyncio.subprocess.PIPE, "limit": 2**26}
         self.process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "distill.engine", **pipes, env=os.environ | {"PYTHONPATH": path}
+            *[sys.executable, "-P", "-m", "distill.engine"],
+            **pipes,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
+            process_group=0,
         )
-        self.state, self.lanes = "loading", dict.fromkeys(MODELS, LOADING)
+        if self.state == "stopped":  # meanwhile
+            self.kill()
 
     async def run(self):
         """Hear the process until it is stopped; one that had loaded is started again when it dies."""
         while True:
             try:
                 async for line in self.process.stdout:
-                    await self.hear(json.loads(line))
-            except UserError as e:  # a model whose tokenizer does not load here
-                self.fail(str(e))
-                self.process.kill()
+                    if line.endswith(b"\n"):  # else it died in the middle of it
+                        await self.hear(json.loads(line))
+            except Exception as e:  # a model whose tokenizer does not load here, for one
+                self.fail(one_line(e))
+                self.kill()
+            died = self.state == "ready"
+            if died:  # no row is let in for a process that is gone
+                self.state = "loading"
             code = await self.process.wait()
             for waits in (self.rows, self.reloads):
                 for number in list(waits):
-                    settle(waits.pop(number), HTTPException(500, "the model's process ended"))
-            if self.state != "ready":
+                    gone = HTTPException(503, "the model's process ended and is started again", {"Retry-After": "5"})
+                    settle(waits.pop(number), gone)
+            if not died:
                 break
             log("model process ended", code=code)
             await self.start()
         if self.state == "loading":
             self.fail(f"the model's process ended with code {code}")
+
+    def kill(self):
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+            self.process.kill()
 
     async def hear(self, told):
         """Take one message of the process (distill/engine.py lists them)."""
@@ -98,9 +113,8 @@ class EngineClient:
             BATCH.observe(len(told["answers"]))
             PEAK.set(told["gpu_peak"])
             self.seconds_per_row = told["seconds_per_row"]
-            failed = HTTPException(500, "the model failed; the server's log says why")
             for number, answer in told["answers"]:
-                settle(self.rows.pop(number), answer or failed)
+                settle(self.rows.pop(number), answer or HTTPException(500, FAILED))
         elif "dropped" in told:
             for number in told["dropped"]:
                 del self.rows[number]
@@ -131,7 +145,7 @@ class EngineClient:
         self.on_failure()
 
     async def stop(self):
-        """End the process behind what it has been asked; at once where it is still loading or answers no more."""
+        """End the process behind what it has been asked, within the deadline; at once where it is still loading."""
         patience = 0 if self.state == "loading" else self.config.deadline
         if self.state != "failed":
             self.state = "stopped"
@@ -139,7 +153,7 @@ class EngineClient:
         try:
             await asyncio.wait_for(self.process.wait(), patience)
         except TimeoutError:
-            self.process.kill()
+            self.kill()
 
     def check(self, model):
         """HTTPException 404 or 503 unless this model can answer now."""
@@ -373,7 +387,7 @@ def app_of_replica():
 
 
 def serve_on_ray(args):
-    """Replicas of this app behind one address, each with its own base model, thread and queue."""
+    """Replicas of this app behind one address, each with its own base model and queue."""
     import ray
     from ray import serve
 

@@ -10,8 +10,8 @@ and on its standard output
     {"state": ..., ...}  after each change   {"answers": [[number, answer or null], ...], ...}   {"log": event, ...}
     {"dropped": [number, ...]}   {"reloaded": number, "error": null or text}
 
-End of input: what was asked is answered, then it ends. One thread owns the models, since two with different adapters
-gave wrong answers without a word.
+End of input: what was asked is answered, then it ends. One thread owns the models, since two threads with different
+adapters gave wrong answers without a word.
 """
 
 import contextlib
@@ -234,13 +234,15 @@ class Engine:
 
     def listen(self, lines):
         """Queue what the other process asks, one JSON line each, until its end."""
-        for line in lines:
-            asked = json.loads(line)
-            for number, model, ids in asked.pop("rows", ()):
-                self.queue.put(Row(number, model, ids, time.monotonic()))
-            if asked:
-                self.queue.put(asked)
-        self.queue.put(None)
+        try:
+            for line in lines:
+                asked = json.loads(line)
+                for number, model, ids in asked.pop("rows", ()):
+                    self.queue.put(Row(number, model, ids, time.monotonic()))
+                if asked:
+                    self.queue.put(asked)
+        finally:  # also where the other process died in the middle of a line
+            self.queue.put(None)
 
     def serve(self):
         """Answer until the end of the queue."""
@@ -256,6 +258,7 @@ class Engine:
                     error = str(e)
                 self.tell_state("ready")
                 self.tell({"reloaded": asked["number"], "error": error})
+                self.busy_since = None
 
     def tell_state(self, state, failure=""):
         lanes = {name: lane.about() for name, lane in self.lanes.items()}
@@ -271,6 +274,8 @@ class Engine:
             batch = self._choose()
             if self._command or self._ended or len(batch) < len(self._taken):
                 break
+            if not batch:
+                self.busy_since = None
             timeout = max(0.0, batch[0].arrived + WAIT - time.monotonic()) if batch else None
             try:
                 self._take_one(self.queue.get(timeout=timeout))
@@ -319,6 +324,8 @@ class Engine:
         except Exception as e:  # the next batch may do
             too_large = isinstance(e, torch.OutOfMemoryError) and len(batch) > 1
             self.log("batch too large" if too_large else "batch failed", rows=len(batch), detail=one_line(e))
+            if isinstance(e, torch.AcceleratorError):  # the GPU answers no more in this process; the next one may do
+                raise
         if too_large:  # behind the except, which holds the tensors of the pass that failed
             torch.cuda.empty_cache()
             self.budget = len(batch) * max(len(row.ids) for row in batch) / 2
@@ -362,12 +369,20 @@ def main():
         out.write(json.dumps(message) + "\n")
 
     engine = Engine(settings(), tell)
-    threading.Thread(target=engine.listen, args=[sys.stdin], daemon=True).start()
+    loaded = threading.Event()
+
+    def listen():
+        engine.listen(sys.stdin)
+        if not loaded.is_set():  # nobody is left to load for
+            os._exit(1)
+
+    threading.Thread(target=listen, daemon=True).start()
     try:
         engine.load()
     except Exception as e:
         engine.tell_state("failed", one_line(e))
         sys.exit(2)
+    loaded.set()
     engine.tell_state("ready")
     engine.serve()
 

@@ -32,7 +32,7 @@ def room():
         gpu = device().index
         whole = torch.cuda.get_device_properties(gpu).total_memory
         share = torch.cuda.get_per_process_memory_fraction(gpu) * whole
-        free = {gpu: int(min(free[gpu], share * 2 / 3)), "cpu": free["cpu"]}
+        free = {gpu: int(min(free[gpu], share) * 2 / 3), "cpu": free["cpu"]}
     return free
 
 

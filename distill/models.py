@@ -184,6 +184,8 @@ def add_adapter(model, folder, name="default", trainable=False):
     """The base model with one more adapter from `folder`; UserError when it does not fit or did not load."""
     from peft import PeftModel
 
+    if any(p.is_meta for p in model.parameters()):  # PEFT would lay all layers out anew
+        raise UserError(f"{folder}: OFFLOAD_FOLDER: an adapter needs all layers on the GPU, and some wait elsewhere")
     try:
         if isinstance(model, PeftModel):
             model.load_adapter(folder, adapter_name=name)

@@ -1,4 +1,4 @@
-"""What the three trainers share: rows, the student with its adapter, the run, and the folder that it leaves."""
+"""What the three trainers share: the student with its adapter, the run, and the folder that it leaves."""
 
 import os
 import platform
@@ -45,8 +45,6 @@ def load_student(args, rows, base=None):
     """
     from distill.memory import expected_memory, expected_step, longest_texts, smaller
 
-    if os.environ.get("OFFLOAD_FOLDER"):  # autograd holds the weights of every layer, or finds them gone
-        raise UserError("OFFLOAD_FOLDER: layers that come and go cannot be trained through; expected --precision nf4")
     cap = cap_memory(args.max_vram_gb)
     if args.max_vram_gb and not cap:
         print("--max_vram_gb: no GPU here, so there is nothing to cap")

@@ -24,6 +24,6 @@ lines=40 said "paged optimizer or not, 3B in NF4, 160 rows" \
   python tests/bench_train.py --only 3b --routes sft --kinds ours --rows 160 --variants unpaged --steps 2
 mkdir -p "$out/offload"
 for folder in "" "$out/offload"; do
-  lines=2 said "server, 3B in bf16${folder:+ under 4 GiB, the other layers in RAM}" env OFFLOAD_FOLDER="$folder" \
+  lines=2 said "scorer, 3B in bf16${folder:+ under 4 GiB, the other layers in RAM}" env OFFLOAD_FOLDER="$folder" \
     python tests/offloaded.py "$out/3b" ${folder:+4}
 done

@@ -285,7 +285,7 @@ def test_a_model_folder_with_a_broken_config(tiny, tmp_path, field, value):
     assert "\n" not in str(e.value)
 
 
-def test_layers_that_do_not_fit_wait_elsewhere_and_score_the_same(tiny, task, tmp_path, monkeypatch):
+def test_layers_that_do_not_fit_wait_elsewhere_and_score_the_same(tiny, tiny_adapter, task, tmp_path, monkeypatch):
     prompts = [task.prompt(text) for text in task.null_inputs]
     plain = LabelScorer(*load_model(tiny), task.labels, prompts).score(prompts)
     monkeypatch.setenv("OFFLOAD_FOLDER", str(tmp_path))
@@ -293,6 +293,8 @@ def test_layers_that_do_not_fit_wait_elsewhere_and_score_the_same(tiny, task, tm
     model, tokenizer = load_model(tiny)
     assert {"cpu", "disk"} <= set(model.hf_device_map.values())
     assert np.allclose(LabelScorer(model, tokenizer, task.labels, prompts).score(prompts), plain, atol=1e-5)
+    with pytest.raises(UserError, match="OFFLOAD_FOLDER: an adapter needs all layers on the GPU"):
+        load_model(tiny_adapter("sft"))
     with pytest.raises(UserError, match="OFFLOAD_FOLDER: bitsandbytes keeps 4-bit layers on the GPU"):
         load_model(tiny, "nf4")
 

@@ -373,14 +373,39 @@ def test_a_batch_without_room_is_answered_by_halves(task):
     assert engine.budget == 1.01 * before  # and back, pass by pass
 
 
-def test_the_engine_ends_behind_what_it_was_asked(task):
-    class Scorer:
-        def score_ids(self, ids, adapters):
-            return -np.ones((len(ids), 3))
+class Instant:
+    def score_ids(self, ids, adapters):
+        return -np.ones((len(ids), 3))
 
+
+def test_idle_time_is_no_time_of_a_row(task):
+    """A lone row whose client left in the middle of a pass leaves a message behind, and then nothing for long."""
+    engine = engine_with([], task, Instant())
+    engine.queue.put({"drop": [0]})
+    engine._answer([row(0, 10)])
+    assert engine.busy_since
+    threading.Timer(0.5, engine.queue.put, [row(1, 10)]).start()
+    engine._answer(engine._collect())
+    assert engine.seconds_per_row < 0.05
+
+
+def test_a_gpu_that_answers_no_more_ends_the_process(task):
+    import torch
+
+    class Broken:
+        def score_ids(self, ids, adapters):
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(torch.AcceleratorError):
+        engine_with([], task, Broken())._answer([row(0, 10)])
+
+
+def test_the_engine_ends_behind_what_it_was_asked(task):
     told = []
-    engine = engine_with(told, task, Scorer())
-    engine.listen(json.dumps(m) for m in ({"rows": [[i, "sft", [1] * 10] for i in range(25)]}, {"drop": [3, 4]}))
+    engine = engine_with(told, task, Instant())
+    lines = [json.dumps(m) for m in ({"rows": [[i, "sft", [1] * 10] for i in range(25)]}, {"drop": [3, 4]})]
+    with pytest.raises(json.JSONDecodeError):
+        engine.listen([*lines, '{"rows": [[25, "sft'])  # the other process was killed while it wrote
     engine.serve()
     assert told.pop(0) == {"dropped": [3, 4]}
     assert sorted(n for message in told for n, _ in message["answers"]) == [n for n in range(25) if n not in (3, 4)]
