@@ -1,4 +1,4 @@
-# `make demo` shows the whole road in twelve minutes, `make test` runs the tests; both install first, and can be run again.
+# `make demo` shows the whole road in ten minutes, `make test` runs the tests; both install first, and can be run again.
 # the first that runs and is new enough: a name on the PATH may be a shim of a version that is not there
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)

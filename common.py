@@ -5,6 +5,7 @@ Loading models, files and errors are passed on from distill/. Nothing here is ru
 """
 
 import functools
+import logging
 import sys
 import warnings
 from dataclasses import asdict, dataclass
@@ -42,6 +43,8 @@ from distill.models import (  # noqa: F401
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 # PEFT looks on the hub for a student that came as a package or a folder, and says that it is not there
 warnings.filterwarnings("ignore", message="Unable to fetch remote file|Could not find a config file in")
+# bitsandbytes asks for a package that would fetch its CPU kernel from the hub
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 VAL_FRAC = 0.35  # of the customers: leaves 1,500 held-out rows in the smallest class of the public data
 SEED = 42
 
