@@ -63,7 +63,7 @@ class EngineClient:
         QUEUED.set_function(lambda: len(self.rows))
 
     async def start(self):
-        """Start the process; in a group of its own, so that Ctrl-C reaches it as the end of its input."""
+        """Start the process; in a session of its own, so that Ctrl-C reaches it as the end of its input."""
         self.state, self.lanes = "loading", dict.fromkeys(MODELS, LOADING)
         path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         pipes = {"stdin": asyncio.subprocess.PIPE, "stdout": asyncio.subprocess.PIPE, "limit": 2**26}
@@ -71,7 +71,7 @@ class EngineClient:
             *[sys.executable, "-P", "-m", "distill.engine"],
             **pipes,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
-            process_group=0,
+            start_new_session=True,
         )
         if self.state == "stopped":  # meanwhile
             self.kill()
