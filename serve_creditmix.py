@@ -36,7 +36,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 import common
 from common import ROOT, UserError
-from distill.engine import MODELS, Lane, one_line, settings
+from distill.engine import MODELS, Lane, settings
+from distill.files import one_line
 from distill.gate import BATCH, CLASSES, MARGIN, PEAK, QUEUED, REJECTIONS, Gate, log, open_log
 
 MAX_FEATURES = 4000  # characters; the six fields need about 200

@@ -31,6 +31,7 @@ import numpy as np
 
 import common
 from common import ROOT, Calibration, LabelScorer, Task, UserError
+from distill.files import one_line
 from distill.hardware import cap_memory
 from distill.models import check_plain
 from infer_creditmix import answers
@@ -103,7 +104,7 @@ class Engine:
         self.config, self.tell = config, tell
         self.lanes = dict.fromkeys(MODELS, Lane("loading"))
         self.queue = queue.Queue()  # of rows and of what else is asked, None at the end; the other process bounds it
-        self.seconds_per_row = 0.0  # a running mean
+        self.longest, self.seconds_per_row = 0, 0.0  # tokens that fit the context; a running mean
         self.busy_since = None  # when the last pass ended, if rows were waiting then
         self._taken, self._command, self._ended = [], None, False  # from the queue: rows, oldest first; what runs next
         self._generation = itertools.count(1)
@@ -262,8 +263,8 @@ class Engine:
 
     def tell_state(self, state, failure=""):
         lanes = {name: lane.about() for name, lane in self.lanes.items()}
-        longest = getattr(self, "longest", 0)
-        self.tell({"state": state, "failure": failure, "lanes": lanes, "longest": longest, "gpu_peak": gpu_peak()})
+        told = {"state": state, "failure": failure, "lanes": lanes, "longest": self.longest}
+        self.tell({**told, "gpu_peak": gpu_peak()})
 
     def _collect(self):
         """Rows of the next forward pass; a reload that has come runs behind them, ahead of the rows that are left."""
@@ -351,12 +352,8 @@ def relative(path):
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 
-def one_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def main():
-    for number in (signal.SIGINT, signal.SIGTERM):  # the terminal's go to both; the end of the input is what counts
+    for number in (signal.SIGINT, signal.SIGTERM):  # a supervisor's go to both; the end of the input is what counts
         signal.signal(number, signal.SIG_IGN)
     # Segments that grow: under a cap a batch of a new size would else make torch give back all it holds, which took the
     # first request from 69 to 719 ms (3B in NF4 under 4 GiB). Before torch starts; what the user has set stays.

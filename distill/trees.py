@@ -11,6 +11,8 @@ import functools
 import numpy as np
 import torch
 
+from distill.files import one_line
+
 GROUP = 20  # rows a tree: more share more, but attention looks at all of a tree's tokens (tests/bench_train.py)
 
 
@@ -203,7 +205,7 @@ def ignores_mask(model):
     try:
         apart, shared, beside = try_tree(model)
     except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as e:
-        return f"it takes no such mask ({type(e).__name__}: {str(e).strip().splitlines()[0][:80]})"
+        return f"it takes no such mask ({type(e).__name__}: {one_line(e)[:80]})"
     finally:
         model.train(training)
     # sixteen bits differ a little by path; a mask that is not heeded makes the difference of reading another's text
