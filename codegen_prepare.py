@@ -17,7 +17,7 @@ from pathlib import Path
 
 from common import ROOT, SEED, UserError, cli, read_rows, write_jsonl
 from distill.codegen_reply import fenced
-from distill.codegen_sandbox import TIMEOUT, describe_isolation, run_many
+from distill.tasks.codegen_sandbox import TIMEOUT, describe_isolation, run_many
 from eval_codegen import humaneval
 from infer_codegen import code_prompt, parse_tests, plan_prompt, read_tasks
 

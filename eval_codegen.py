@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from common import UserError, check_models, cli, load_model, positive, row_hash, write_json, write_jsonl
-from distill.codegen_sandbox import KINDS, describe_isolation, run_many
 from distill.report import run_record
+from distill.tasks.codegen_sandbox import KINDS, describe_isolation, run_many
 from infer_codegen import (
     add_sampling_arguments,
     check_sampling,

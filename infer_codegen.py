@@ -32,8 +32,8 @@ from common import (
     write_jsonl,
 )
 from distill.codegen_reply import Screen, extract_code, only_code, streamer
-from distill.codegen_sandbox import describe_isolation, run_many
 from distill.models import adapter_sha256
+from distill.tasks.codegen_sandbox import describe_isolation, run_many
 
 PLAN_TOKENS = 160  # a plan is a few lines; what is longer rambles
 

@@ -10,7 +10,7 @@ import pytest
 from codegen_prepare import code_grams, description_grams, drop_near_duplicates, mutants, overlaps
 from common import ROOT, UserError, read_rows
 from distill.codegen_reply import extract_code, fenced
-from distill.codegen_sandbox import run_many
+from distill.tasks.codegen_sandbox import run_many
 from eval_codegen import humaneval
 from infer_codegen import code_prompt, plan_prompt, program, read_tasks
 

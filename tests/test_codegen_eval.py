@@ -17,7 +17,7 @@ import pytest
 import infer_codegen
 from common import ROOT, UserError, row_hash
 from distill.codegen_reply import Screen, extract_code
-from distill.codegen_sandbox import run_sandboxed
+from distill.tasks.codegen_sandbox import run_sandboxed
 from eval_codegen import bootstrap, do_nothing, humaneval, pass_at_k
 from infer_codegen import code_prompt, parse_tests, program, read_samples, read_tasks
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from distill import codegen_sandbox
-from distill.codegen_sandbox import FILE_SIZE, describe_isolation, isolation, run_many, run_sandboxed
+from distill.tasks import codegen_sandbox
+from distill.tasks.codegen_sandbox import describe_isolation, isolation, run_many, run_sandboxed
+from distill.tasks.codegen_sandbox_child import FILE_SIZE, NOBODY
 
 DEFINES = "def f():\n    return 1\n"
 CHECK = "assert f() == 1"
@@ -294,7 +295,7 @@ def test_sandbox_modes_and_times_of_files_outside(tmp_path, namespaces, change):
     victim = tmp_path / "victim"
     victim.write_text("kept")
     if os.getuid() == 0:  # the code runs as nobody, who may change only what is its own
-        os.chown(victim, codegen_sandbox.NOBODY, codegen_sandbox.NOBODY)
+        os.chown(victim, NOBODY, NOBODY)
     for folder in (tmp_path, *tmp_path.parents[:2]):
         folder.chmod(0o777)
     before = victim.stat()
