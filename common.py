@@ -1,43 +1,23 @@
-"""What every stage shares: the task, the split, the prompt, the label scorer, calibration.
+"""What every stage shares: the task, the split, the prompt, the loader, the label scorer, calibration.
 
-Loading models, files and errors are passed on from distill/. Nothing here is run by itself; `python sft_train.py
---help` and the README show the stages.
+Nothing here is run by itself; `python sft_train.py --help` and the README show the stages.
 """
 
 import functools
 import logging
+import os
 import sys
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from distill.files import (  # noqa: F401 - every stage takes these from here
-    ROOT,
-    UserError,
-    atomic_write,
-    between,
-    check_row,
-    cli,
-    file_sha256,
-    parse_json,
-    positive,
-    read_json,
-    read_rows,
-    read_text,
-    sha256,
-    write_json,
-    write_jsonl,
-)
-from distill.models import (  # noqa: F401
-    DEFAULT_STUDENT,
-    EMBEDDED,
-    adapter_base,
-    add_adapter,
-    base_config,
-    check_models,
-    load_base,
-    load_model,
-)
+from safetensors import SafetensorError
+
+from distill.files import UserError, check_row, one_line, read_json, sha256, write_json
+from distill.hardware import choose_precision, device, room
+from distill.model.hub import adapter_base, base_config
+from distill.model.label_forward import LabelForward, batches, shared_prefix, token_budget
+from distill.model.label_trie import LabelTrie
 
 # transformers warns of what it does itself
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
@@ -100,6 +80,12 @@ class Task:
 
     def null_prompts(self):
         return [self.prompt(text) for text in self.null_inputs]
+
+
+def task_file(args):
+    """Path of the label task of training rows, there or not: --task, else NAME_task.json beside NAME_sft.jsonl."""
+    beside = Path(args.data).with_name(Path(args.data).stem.rsplit("_", 1)[0] + "_task.json")
+    return getattr(args, "task", None) or beside
 
 
 def label_classes(path, rows, field, task, unknown=()):
@@ -208,6 +194,86 @@ def _chat(tokenizer, user, answer=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Loading models
+
+
+def load_base(name, precision="auto", base=None):
+    """(model, tokenizer) of a hub id, a local folder or the embedded student, in eval mode.
+
+    Attention goes through sdpa, transformers' default, where the architecture has it.
+
+    precision: auto, nf4 (QLoRA: double quantisation, bf16 compute), bf16 or fp32. base: base_config(name), if known.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    path, config, tokenizer = base or base_config(name)
+    asked, (precision, why) = precision, choose_precision(config, precision)
+    offload = os.environ.get("OFFLOAD_FOLDER")  # layers that do not fit wait in RAM, then in this folder
+    if offload and precision == "nf4":
+        if asked == "nf4":
+            raise UserError("OFFLOAD_FOLDER: bitsandbytes keeps 4-bit layers on the GPU; expected --precision bf16")
+        precision, why = "bf16", "OFFLOAD_FOLDER takes no 4-bit layers"
+    print(f"{name}: {precision} on {device()} ({why})", file=sys.stderr)
+    kwargs = {"dtype": torch.float32 if precision == "fp32" else torch.bfloat16}
+    if precision == "nf4":
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    if precision == "nf4" and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        # only numbers of one type can be cut in parts together
+        kwargs["quantization_config"].bnb_4bit_quant_storage = torch.bfloat16
+    kwargs["device_map"] = {"": device()}
+    if offload:
+        kwargs |= {"device_map": "auto", "offload_folder": offload, "max_memory": room()}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, **kwargs).eval()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
+        raise UserError(f"{name}: its weights do not load: {one_line(e)}") from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.name_or_path = model.config.name_or_path = str(name)  # what PEFT writes into an adapter
+    model.precision = precision
+    return model, tokenizer
+
+
+def load_model(name_or_dir, precision="auto"):
+    """(model, tokenizer), to answer, of a hub id, local folder, the embedded student, or an adapter on its base."""
+    from distill.model.fused_lora import fuse_norms
+
+    adapter = (Path(name_or_dir) / "adapter_config.json").is_file()
+    model, tokenizer = load_base(adapter_base(name_or_dir) if adapter else name_or_dir, precision)
+    fuse_norms(model)
+    return add_adapter(model, name_or_dir) if adapter else model, tokenizer
+
+
+def add_adapter(model, folder, name="default", trainable=False):
+    """The base model with one more adapter from `folder`; UserError when it does not fit or did not load."""
+    from peft import PeftModel
+
+    # PEFT would lay all layers out anew
+    if os.environ.get("OFFLOAD_FOLDER") and any(p.is_meta for p in model.parameters()):
+        raise UserError(f"{folder}: OFFLOAD_FOLDER: an adapter needs all layers on the GPU, and some wait elsewhere")
+    try:
+        if isinstance(model, PeftModel):
+            model.load_adapter(folder, adapter_name=name)
+        else:
+            base, model = model, PeftModel.from_pretrained(model, folder, adapter_name=name, is_trainable=trainable)
+            model.precision = base.precision
+    except (RuntimeError, ValueError, TypeError, LookupError, SafetensorError) as e:
+        reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+        raise UserError(f"{folder}: does not load on {model.config.name_or_path}: {reason}") from None
+    # PEFT leaves what it did not find at its initial zero, and the base model would answer (peft#2699)
+    zero = [n for n, p in model.named_parameters() if f"lora_B.{name}." in n and not p.any()]
+    if zero:
+        raise UserError(f"{folder}: {len(zero)} matrices are missing or zero on this base, for example {zero[0]}")
+    return model.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The label scorer
 
 
@@ -216,56 +282,35 @@ def label_trie(tokenizer, labels, prompt="x"):
 
     Where one label's tokens begin another's, the end of the turn is scored too, for all of them.
     """
-    from distill.trees import LabelTrie
-
     ids = completion_ids(tokenizer, [prompt] * len(labels), list(labels))
     bare = [i[:-1] for i in ids]
     nested = any(a is not b and a == b[: len(a)] for a in bare for b in bare)
     return LabelTrie(ids if nested else bare)
 
 
-def takes_trees(model):
-    """Whether `model` takes token trees (trees.why_no_trees); tried once a model, and said when it does not."""
-    from distill.trees import why_no_trees
-
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not hasattr(base, "takes_trees"):
-        why = why_no_trees(base)
-        base.takes_trees = not why
-        if why:
-            print(f"each label in a forward pass of its own: {why}", file=sys.stderr)
-    return base.takes_trees
-
-
 class LabelScorer:
-    """Scores of all labels in one forward pass a prompt, the constant head of the prompts computed once.
+    """Scores of all labels in one forward pass per batch of prompts; the prompts' shared prefix is computed once.
 
-    head_prompts: two or more user messages whose common beginning is that head (Task.null_prompts()); without them
-    each prompt is computed whole. One scorer belongs to one state of the weights: make a new one after training.
+    prefix_prompts: two or more user messages whose common beginning is that prefix (Task.null_prompts()); without them
+    each prompt is computed whole. A scorer belongs to one state of the weights: make a new one after training.
     """
 
-    def __init__(self, model, tokenizer, labels, head_prompts=()):
-        from distill.trees import window
-
+    def __init__(self, model, tokenizer, labels, prefix_prompts=()):
         self.model, self.tokenizer, self.labels = model, tokenizer, tuple(labels)
         self.trie = label_trie(tokenizer, self.labels)
-        self.head, self._heads, self._stack = [], {}, None
-        self.trees, self.window = takes_trees(model), window(model.config.get_text_config())
-        if self.trees and len(set(head_prompts)) > 1:
-            ids = prompt_ids(tokenizer, head_prompts)
-            same = [len(set(column)) == 1 for column in zip(*(i[:-1] for i in ids), strict=False)]
-            self.head = ids[0][: [*same, False].index(False)]
+        prefix = shared_prefix(prompt_ids(tokenizer, prefix_prompts)) if len(set(prefix_prompts)) > 1 else []
+        self.forward = LabelForward(model, self.trie, tokenizer.pad_token_id, prefix)
 
     def score(self, prompts, adapters=None, progress=False):
         """Length-normalised log-likelihoods, float array [N, L], of user messages (list[str]).
 
-        adapters: one adapter name a prompt ("__base__" for none), rows of one batch may differ.
+        adapters: one adapter name per prompt ("__base__" for none); rows of one batch may differ.
         Error: UserError for a prompt longer than the model's context.
         """
         return self.score_ids(prompt_ids(self.tokenizer, prompts), adapters, progress)
 
     def score_ids(self, ids, adapters=None, progress=False):
-        """As score, of what prompt_ids makes of the messages."""
+        """Like `score`, from the token ids that `prompt_ids` makes of the messages."""
         import numpy as np
         from tqdm import tqdm
 
@@ -275,108 +320,15 @@ class LabelScorer:
                 raise UserError(f"prompt {i + 1}: {len(row)} tokens; expected at most {limit}")
         out = np.zeros((len(ids), len(self.labels)))
         bar = tqdm(total=len(ids), desc="scoring", unit="row", disable=not progress, file=sys.stderr)
-        for rows in self._batches(ids):
-            out[rows] = self._score([ids[i] for i in rows], [adapters[i] for i in rows] if adapters else None)
+        for rows in batches([len(row) for row in ids], token_budget(self.model.device)):
+            own = [adapters[i] for i in rows] if adapters else None
+            out[rows] = self.forward.scores([ids[i] for i in rows], own).cpu().numpy()
             bar.update(len(rows))
         bar.close()
         return out
 
-    def _batches(self, ids, most=128):
-        """Row numbers in batches of similar length: at most `most` rows, and as many tokens as suit the device."""
-        budget = 2048 if self.model.device.type == "cpu" else 16384
-        batch = []
-        for i in sorted(range(len(ids)), key=lambda i: len(ids[i])):
-            if batch and (len(batch) == most or (len(batch) + 1) * len(ids[i]) > budget):
-                yield batch
-                batch = []
-            batch.append(i)
-        if batch:
-            yield batch
-
-    def _score(self, rows, adapters):
-        import torch
-
-        n = len(self.head)
-        cache, trees = None, self.trees and max(map(len, rows)) + len(self.trie.nodes) <= self.window
-        with torch.inference_mode():
-            if trees and n and all(r[:n] == self.head for r in rows):
-                cache = self._head_cache(adapters or [None] * len(rows))
-                rows = [r[n:] for r in rows]
-            if trees:
-                logits = self.logits(rows, cache, n if cache else 0, adapters)
-            else:
-                logits = self.logits_apart(rows, adapters)
-            # in parts, since the log-softmax over a large vocabulary is as large as all other activations
-            return torch.cat([self.trie.scores(part) for part in logits.split(32)]).cpu().numpy()
-
-    def logits(self, rows, cache=None, head=0, adapters=None):
-        """Logits [B, 1 + M, V] where a label token is predicted, for B token id lists."""
-        import torch
-
-        from distill.head import fp32_logits
-        from distill.trees import additive, tree_batch
-
-        trees = [[(row, -1), *self.trie.behind(0, 1)] for row in rows]
-        batch, starts = tree_batch(trees, self.tokenizer.pad_token_id, head)
-        # prompt end and nodes stand side by side, so the columns are a range
-        keep = torch.tensor([s[0] + len(row) - 1 for s, row in zip(starts, rows, strict=True)])
-        batch["logits_to_keep"] = keep[:, None] + torch.arange(1 + len(self.trie.nodes))
-        batch = {k: v.to(self.model.device) for k, v in batch.items()}
-        batch["attention_mask"] = additive(batch["attention_mask"], self.model.dtype)
-        with fp32_logits(self.model):
-            return self._forward(adapters, **batch, past_key_values=cache, use_cache=cache is not None).logits
-
-    def _forward(self, adapters, **batch):
-        """The model's output, row i with adapters[i]; without names with the adapter that is on."""
-        from distill.stacked import StackedAdapters, stackable
-
-        if not adapters:
-            return self.model(**batch)
-        if self._stack is None:
-            self._stack = StackedAdapters(self.model) if stackable(self.model) else False
-        if not self._stack:  # DoRA, embeddings and the like: PEFT's way, slower
-            return self.model(**batch, adapter_names=adapters)
-        with self._stack.rows(adapters):
-            return self.model.get_base_model()(**batch)
-
-    def logits_apart(self, rows, adapters=None):
-        """As logits, for a model that takes no tree mask: each prompt again in front of each node of the trie."""
-        import torch
-
-        paths = [[]]
-        for ids, parent in self.trie.nodes:
-            paths.append([*paths[parent + 1], *ids])
-        texts = [row + path for row in rows for path in paths]
-        batch = self.tokenizer.pad({"input_ids": texts}, padding=True, padding_side="right", return_tensors="pt")
-        names = [a for a in adapters for _ in paths] if adapters else None
-        last = torch.tensor([len(text) - 1 for text in texts])
-        logits = self._forward(names, **batch.to(self.model.device), use_cache=False).logits[
-            torch.arange(len(texts)), last
-        ]
-        return logits.view(len(rows), len(paths), -1)
-
-    def _head_cache(self, adapters):
-        """Keys and values of the head for each row: LoRA sits on k and v, so every adapter has its own."""
-        import torch
-        from transformers import DynamicCache
-
-        for name in set(adapters) - set(self._heads):
-            ids = torch.tensor([self.head], device=self.model.device)
-            names = [name] if name else None
-            cache = self._forward(names, input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
-            parts = [part for layer in cache.layers for part in (layer.keys, layer.values)]
-            self._places = [(part.shape[1:], part.device) for part in parts]  # a large model lies on several devices
-            self._heads[name] = torch.cat([part.flatten().to(self.model.device) for part in parts])
-        own = list(dict.fromkeys(adapters))
-        heads = torch.stack([self._heads[a] for a in own])
-        if len(own) > 1:  # one kernel for all layers; rows of one adapter need none
-            heads = heads[torch.tensor([own.index(a) for a in adapters], device=heads.device)]
-        parts = heads.expand(len(adapters), -1).split([shape.numel() for shape, _ in self._places], 1)
-        parts = [part.unflatten(1, shape).to(on) for part, (shape, on) in zip(parts, self._places, strict=True)]
-        return DynamicCache(list(zip(parts[::2], parts[1::2], strict=True)))
-
     def prior(self, task):
-        """The model's leaning without content [L]: the mean score of the task's content-free prompts."""
+        """The model's leaning without content, float array [L]: the mean score of the task's content-free prompts."""
         return self.score(task.null_prompts()).mean(0)
 
 
@@ -458,3 +410,25 @@ def fit_and_save(folder, task, raw, prior, y):
     losses = {"raw": log_loss(raw, y), "null": log_loss(raw - prior, y), "fitted": log_loss(fit(raw, prior), y)}
     fit.save(folder, task, dev_rows=len(y), dev_log_loss=losses)
     return fit
+
+
+def answers(task, raw, prior, calibration, model_name):
+    """What infer prints and the server answers for each row of raw [N, L]: a list of dicts of plain numbers."""
+    from scipy.special import softmax
+
+    scores = calibration(raw, prior)
+    out = []
+    for row, score, p in zip(raw, scores, softmax(scores, axis=1), strict=True):
+        top = sorted(score, reverse=True)
+        out.append(
+            {
+                "model_name": model_name,
+                "prediction": task.labels[int(score.argmax())],
+                "scores": dict(zip(task.labels, score.tolist(), strict=True)),
+                "raw_scores": dict(zip(task.labels, row.tolist(), strict=True)),
+                "prior": dict(zip(task.labels, prior.tolist(), strict=True)),
+                "probabilities": dict(zip(task.labels, p.tolist(), strict=True)),
+                "top2_margin": float(top[0] - top[1]),
+            }
+        )
+    return out

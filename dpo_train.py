@@ -12,29 +12,16 @@ import argparse
 import sys
 from pathlib import Path
 
-from common import (
-    UserError,
-    adapter_base,
-    between,
-    cli,
-    completion_ids,
-    label_classes,
-    positive,
-    prompt_ids,
-    read_json,
-)
-from distill.checkpoints import start_run
-from distill.noise import add_noise_argument, noisy_copies, prompts_of
-from distill.rows import dataset, describe, drop_long, read_training_rows, split_for
-from distill.training import (
-    add_arguments,
-    load_student,
-    lora,
-    lora_config,
-    run_training,
-    trainer_class,
-    training_arguments,
-)
+from common import completion_ids, label_classes, prompt_ids
+from distill.files import UserError, between, cli, positive, read_json
+from distill.model.hub import adapter_base
+from distill.tasks.augment import add_noise_argument, noisy_copies, prompts_of
+from distill.train.arguments import add_arguments, training_arguments
+from distill.train.data import dataset, describe, drop_long, read_training_rows, split_for
+from distill.train.run import run_training
+from distill.train.run_folder import start_run
+from distill.train.student import load_student, lora, lora_config
+from distill.train.trainer import trainer_class
 
 
 def main(args):

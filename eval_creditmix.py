@@ -9,7 +9,6 @@ of the rows is refused. Intervals resample customers, since the months of one ar
 """
 
 import argparse
-import functools
 import json
 import os
 import re
@@ -28,29 +27,22 @@ from common import (
     Calibration,
     LabelScorer,
     Task,
-    UserError,
-    atomic_write,
-    check_models,
-    cli,
     dev_split,
-    file_sha256,
     fit_and_save,
     group_hash,
     holdout,
     label_classes,
     load_model,
-    positive,
     row_hash,
-    sha256,
     unit_hash,
-    write_json,
-    write_jsonl,
 )
-from creditmix_prepare import balance, read_raw
-from distill.boosting import boost
+from distill.evaluate import check_overlap, confusion, mcnemar, metrics, trained_rows
+from distill.files import UserError, atomic_write, cli, file_sha256, positive, sha256, write_json, write_jsonl
 from distill.hardware import device
-from distill.metrics import confusion, mcnemar, metrics
-from distill.report import run_record
+from distill.model.hub import check_models
+from distill.run_record import run_record
+from distill.tasks.boosting import boost
+from distill.tasks.creditmix import balance, pick, read_raw
 
 SCORER = 2  # raised when a change of the scorer changes scores: those kept from before are then made again
 
@@ -118,19 +110,6 @@ def main(args):
 # Rows
 
 
-def pick(held, task, per_class, seed):
-    """per_class rows of each class, the same ones for the same seed; all rows when per_class is None."""
-    if per_class is None:
-        return held
-    out = []
-    for label in task.labels:
-        rows = sorted((r for r in held if r["answer"] == label), key=lambda r: unit_hash(seed, r["question"]))
-        if len(rows) < per_class:
-            raise UserError(f"--val_per_class {per_class}: class {label!r} has only {len(rows)} held-out rows")
-        out += rows[:per_class]
-    return out
-
-
 def dev_rows(path, train, task, seed, most=1000):
     """The development rows that the trainers keep apart, as rows with input and output."""
     rows = [
@@ -138,27 +117,6 @@ def dev_rows(path, train, task, seed, most=1000):
         for r in balance(path, train, task.labels, seed)
     ]
     return sorted(dev_split(rows, seed)[1], key=lambda r: unit_hash(seed, r["input"]))[:most]
-
-
-@functools.cache
-def trained_rows(name):
-    """Hashes of the rows that an adapter was trained on; empty for a model that does not say."""
-    path = Path(name) / "train_rows.txt"
-    return frozenset(path.read_text(encoding="utf-8").split()) if path.is_file() else frozenset()
-
-
-def check_overlap(name, held, task, allow):
-    """How many held-out rows the model was trained on; UserError when there are some, unless allowed."""
-    seen = trained_rows(name)
-    if not seen and (Path(name) / "adapter_config.json").is_file():
-        print(f"{name}: no train_rows.txt, so overlap with its training rows is unknown", file=sys.stderr)
-    n = sum(row_hash(task.prompt(r["question"])) in seen for r in held)
-    if n and not allow:
-        raise UserError(
-            f"{name}: trained on {n} of the {len(held)} evaluation rows; expected none (same --data and --seed as "
-            "creditmix_prepare.py, or --allow_overlap)"
-        )
-    return n
 
 
 def label_bias(pairs, task):

@@ -11,7 +11,8 @@ import json
 import sys
 from pathlib import Path
 
-from common import Calibration, LabelScorer, Task, UserError, atomic_write, check_row, cli, load_model, read_rows
+from common import Calibration, LabelScorer, Task, answers, load_model
+from distill.files import UserError, atomic_write, check_row, cli, read_rows
 
 
 def main(args):
@@ -39,28 +40,6 @@ def main(args):
         print(f"{len(rows)} rows in {args.output}")
     else:
         print(json.dumps(found[0], indent=1, ensure_ascii=False))
-
-
-def answers(task, raw, prior, calibration, model_name):
-    """What infer prints and the server answers for each row of raw [N, L]: a list of dicts of plain numbers."""
-    from scipy.special import softmax
-
-    scores = calibration(raw, prior)
-    out = []
-    for row, score, p in zip(raw, scores, softmax(scores, axis=1), strict=True):
-        top = sorted(score, reverse=True)
-        out.append(
-            {
-                "model_name": model_name,
-                "prediction": task.labels[int(score.argmax())],
-                "scores": dict(zip(task.labels, score.tolist(), strict=True)),
-                "raw_scores": dict(zip(task.labels, row.tolist(), strict=True)),
-                "prior": dict(zip(task.labels, prior.tolist(), strict=True)),
-                "probabilities": dict(zip(task.labels, p.tolist(), strict=True)),
-                "top2_margin": float(top[0] - top[1]),
-            }
-        )
-    return out
 
 
 if __name__ == "__main__":

@@ -12,12 +12,17 @@ every token of the answers, given or its own: the top-k log-probs are kept on di
 
 import argparse
 
-from common import UserError, base_config, between, cli, label_classes, label_trie, positive
-from distill.checkpoints import may_start, start_run
-from distill.rows import dataset, describe, encode, read_training_rows, split_for
-from distill.teacher_topk import TopK
-from distill.teachers import by_tokens, check, teach
-from distill.training import add_arguments, load_student, lora, run_training, trainer_class, training_arguments
+from common import label_classes, label_trie
+from distill.files import UserError, between, cli, positive
+from distill.model.hub import base_config
+from distill.train.arguments import add_arguments, training_arguments
+from distill.train.data import dataset, describe, encode, read_training_rows, split_for
+from distill.train.run import run_training
+from distill.train.run_folder import may_start, start_run
+from distill.train.student import load_student, lora
+from distill.train.teacher_topk import TopK
+from distill.train.teachers import by_tokens, check, teach
+from distill.train.trainer import trainer_class
 
 
 def main(args):
@@ -120,8 +125,8 @@ def distribution_trainer(trainer, trie, args):
     import torch
     from torch.utils.checkpoint import checkpoint
 
-    from distill.head import fp32_logits
-    from distill.trees import additive, pack_prompts
+    from distill.model.fp32_logits import fp32_logits
+    from distill.model.token_tree import additive, pack_prompts
 
     class Distribution(trainer):
         needs_trees = True
@@ -177,7 +182,7 @@ def pack_tokens(rows, top_k, pad):
     """
     import torch
 
-    from distill.trees import pack_rows
+    from distill.model.token_tree import pack_rows
 
     ids, first = [r["input_ids"] for r in rows], [r["labels"].count(-100) for r in rows]
     batch, columns = pack_rows(ids, [n - 1 for n in first], pad)
@@ -195,7 +200,7 @@ def token_trainer(trainer, top_k, args):
     """The trainer with the loss on the teacher's top-k; logits only at trained tokens, common beginnings once."""
     from torch.utils.checkpoint import checkpoint
 
-    from distill.trees import additive
+    from distill.model.token_tree import additive
 
     class Tokens(trainer):
         needs_trees = True

@@ -6,11 +6,14 @@ python sft_train.py --student smollm2-135m --data data/creditmix_sft.jsonl --sav
 
 import argparse
 
-from common import cli
-from distill.checkpoints import start_run
-from distill.noise import add_noise_argument, noisy_copies, prompts_of
-from distill.rows import dataset, describe, encode, read_training_rows, split_for
-from distill.training import add_arguments, load_student, lora, run_training, trainer_class, training_arguments
+from distill.files import cli
+from distill.tasks.augment import add_noise_argument, noisy_copies, prompts_of
+from distill.train.arguments import add_arguments, training_arguments
+from distill.train.data import dataset, describe, encode, read_training_rows, split_for
+from distill.train.run import run_training
+from distill.train.run_folder import start_run
+from distill.train.student import load_student, lora
+from distill.train.trainer import trainer_class
 
 
 def main(args):

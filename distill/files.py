@@ -178,12 +178,6 @@ def check_row(place, row, fields, optional):
             raise UserError(f"{place}: field '{name}': half a character (a lone surrogate); expected text")
 
 
-def task_file(args):
-    """Path of the label task of training rows, there or not: --task, else NAME_task.json beside NAME_sft.jsonl."""
-    beside = Path(args.data).with_name(Path(args.data).stem.rsplit("_", 1)[0] + "_task.json")
-    return getattr(args, "task", None) or beside
-
-
 def sha256(text):
     return hashlib.sha256(text.encode()).hexdigest()
 

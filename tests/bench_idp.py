@@ -27,10 +27,11 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import ROOT, UserError, cli, load_model, prompt_ids
-from distill.idp_decode import Constraint, SchemaLogitsProcessor, Vocabulary, check_schema, validator
-from distill.models import EMBEDDED, embedded_student
-from infer_idp import parse_valid
+from common import load_model, prompt_ids
+from distill.files import ROOT, UserError, cli
+from distill.model.hub import EMBEDDED, embedded_student
+from distill.tasks.idp_decode import Constraint, SchemaLogitsProcessor, Vocabulary
+from distill.tasks.idp_schema import check_schema, parse_valid, validator
 
 BUDGETS = {"min": 0, "min+1": 1, "min+3": 3, "min+16": 16, "min+64": 64, "min+256": 256}
 LONGEST = 256  # tokens that the model writes at most: a schema must leave min+16 below it

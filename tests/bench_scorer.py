@@ -13,7 +13,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import ROOT, LabelScorer, Task, completion_ids, load_model, prompt_ids
+from common import LabelScorer, Task, completion_ids, load_model, prompt_ids
+from distill.files import ROOT
 
 THREE = ("Good", "Standard", "Bad")
 TWENTY = tuple(

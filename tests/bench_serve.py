@@ -22,7 +22,9 @@ import numpy as np
 from serving import ROOT, Server, rows
 
 sys.path.insert(0, str(ROOT))
-from common import EMBEDDED, LabelScorer, Task, add_adapter, base_config, cli, load_model
+from common import LabelScorer, Task, add_adapter, load_model
+from distill.files import cli
+from distill.model.hub import EMBEDDED, base_config
 
 MODELS = ("base", "sft", "kd", "dpo")
 

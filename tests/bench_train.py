@@ -25,11 +25,13 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import ROOT, Task, completion_ids, label_trie, load_base, prompt_ids, write_json
-from distill import trees
+from common import Task, completion_ids, label_trie, load_base, prompt_ids
+from distill.files import ROOT, write_json
 from distill.hardware import device
-from distill.memory import expected_memory
-from distill.training import lora_config, trainer_class
+from distill.model import token_tree as trees
+from distill.train.memory import expected_memory
+from distill.train.student import lora_config
+from distill.train.trainer import trainer_class
 
 GIB, EPOCHS = 2**30, 3
 CUDA = torch.cuda.is_available()

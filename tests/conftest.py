@@ -13,8 +13,9 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from common import Calibration, Task, write_json  # noqa: E402
-from distill.models import embedded_student  # noqa: E402
+from common import Calibration, Task  # noqa: E402
+from distill.files import write_json  # noqa: E402
+from distill.model.hub import embedded_student  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ def main(folder, gib=None):
     scorer.score(prompts)
     seconds = time.perf_counter() - start
     peak = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else 0
-    print(f"{len(prompts) / seconds:.1f} rows/s, peak {peak:.2f} GiB, token trees: {scorer.trees}")
+    print(f"{len(prompts) / seconds:.1f} rows/s, peak {peak:.2f} GiB, token trees: {scorer.forward.trees}")
     print(found[:2].round(3).tolist(), found.mean(0).round(3).tolist())
 
 

@@ -13,9 +13,9 @@ import torch
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import cli
+from distill.files import cli
 from distill.hardware import device
-from distill.models import embedded_student
+from distill.model.hub import embedded_student
 
 SHAPES = {  # hidden size, inner size, layers, heads, key-value heads; of the models' config.json
     "0.5b": (896, 4864, 24, 14, 2),

@@ -24,7 +24,9 @@ from serving import ROOT, Server, rows
 from tqdm import tqdm
 
 sys.path.insert(0, str(ROOT))
-from common import EMBEDDED, Task, UserError, cli
+from common import Task
+from distill.files import UserError, cli
+from distill.model.hub import EMBEDDED
 
 DEADLINE = 10
 

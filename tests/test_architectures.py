@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from common import LabelScorer, load_base
-from distill import trees
-from distill.models import embedded_student
-from distill.trees import ignores_mask, why_no_trees
+from distill.model import token_tree as trees
+from distill.model.hub import embedded_student
+from distill.model.token_tree import ignores_mask, tree_mask_unsupported_reason
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def folders(tmp_path_factory):
 )
 def test_trees_are_tried_before_they_are_used(folders, name, longest, reason):
     model, _ = load_base(folders(name), "fp32")
-    why = why_no_trees(model, longest)
+    why = tree_mask_unsupported_reason(model, longest)
     assert why is None if reason is None else reason in why
 
 
@@ -68,17 +68,21 @@ def test_trainer_and_scorer_try_a_model_once(folders, task, monkeypatch):
     tried = []
     monkeypatch.setattr(trees, "try_tree", lambda model, own=trees.try_tree: tried.append(model) or own(model))
     model, tokenizer = load_base(folders("phi3"), "fp32")
-    assert why_no_trees(model, 100) is None and LabelScorer(model, tokenizer, task.labels).trees and tried == [model]
+    assert (
+        tree_mask_unsupported_reason(model, 100) is None
+        and LabelScorer(model, tokenizer, task.labels).trees
+        and tried == [model]
+    )
 
 
 def test_eager_attention_takes_trees_and_one_that_drops_the_mask_is_found_out(folders, task):
     model, tokenizer = load_base(folders("phi3"), "fp32")
     model.set_attn_implementation("eager")
     scorer = LabelScorer(model, tokenizer, ("Good", "Good enough", "Bad"))
-    assert scorer.trees
+    assert scorer.forward.trees
     ids = tokenizer([task.prompt(f"Age: {age}") for age in (20, 3)])["input_ids"]
     with torch.no_grad():
-        assert (scorer.logits(ids) - scorer.logits_apart(ids)).abs().max() < 1e-3
+        assert (scorer.forward.logits(ids) - scorer.forward.separate_logits(ids)).abs().max() < 1e-3
     forward = model.forward
     model.forward = lambda *args, attention_mask=None, **kwargs: forward(*args, **kwargs)
     assert ignores_mask(model) == "its attention does not heed the mask"

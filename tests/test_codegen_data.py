@@ -7,12 +7,12 @@ from collections import Counter
 
 import pytest
 
-from codegen_prepare import code_grams, description_grams, drop_near_duplicates, mutants, overlaps
-from common import ROOT, UserError, read_rows
-from distill.codegen_reply import extract_code, fenced
+from codegen_prepare import code_grams, description_grams, drop_near_duplicates, overlaps
+from distill.files import ROOT, UserError, read_rows
+from distill.tasks.codegen_mutants import mutants
+from distill.tasks.codegen_reply import extract_code, fenced
 from distill.tasks.codegen_sandbox import run_many
-from eval_codegen import humaneval
-from infer_codegen import code_prompt, plan_prompt, program, read_tasks
+from distill.tasks.codegen_tasks import code_prompt, humaneval, plan_prompt, program, read_tasks
 
 SHIPPED = ROOT / "data" / "codegen_tasks.jsonl"
 ADD = {"prompt": "Write add(a, b).", "solution": "def add(a, b):\n    return a + b", "tests": "assert add(1, 2) == 3"}

@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 
 import infer_codegen
-from common import ROOT, UserError, row_hash
-from distill.codegen_reply import Screen, extract_code
+from common import row_hash
+from distill.files import ROOT, UserError
+from distill.tasks.codegen_reply import Screen, extract_code
+from distill.tasks.codegen_samples import read_samples
 from distill.tasks.codegen_sandbox import run_sandboxed
-from eval_codegen import bootstrap, do_nothing, humaneval, pass_at_k
-from infer_codegen import code_prompt, parse_tests, program, read_samples, read_tasks
+from distill.tasks.codegen_tasks import code_prompt, humaneval, parse_tests, program, read_tasks
+from eval_codegen import bootstrap, do_nothing, pass_at_k
 
 TASKS = [
     {"task_id": "a", "prompt": "Write one().", "solution": "def one():\n    return 1", "tests": "assert one() == 1"},

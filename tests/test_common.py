@@ -11,9 +11,7 @@ from common import (
     Calibration,
     LabelScorer,
     Task,
-    UserError,
     add_adapter,
-    atomic_write,
     completion_ids,
     dev_split,
     fit_calibration,
@@ -23,10 +21,9 @@ from common import (
     log_loss,
     prompt_ids,
     prompt_of,
-    read_rows,
     unit_hash,
 )
-from distill import models
+from distill.files import UserError, atomic_write, read_rows
 
 SIX = ("Good", "Good enough", "Standard", "Bad", "Very bad indeed", "Very good")  # several tokens, one a beginning
 
@@ -171,7 +168,7 @@ def test_packed_scores_equal_one_forward_a_label(tiny, task, labels, with_head):
     model, tokenizer = load_model(tiny)
     prompts = [task.prompt(p) for p in PROMPTS]
     scorer = LabelScorer(model, tokenizer, labels, task.null_prompts() if with_head else ())
-    assert bool(scorer.head) == with_head
+    assert bool(scorer.forward.prefix) == with_head
     with torch.inference_mode():
         expected = one_forward_a_label(model, tokenizer, list(labels), prompts)
     assert np.abs(scorer.score(prompts) - expected).max() < 1e-4
@@ -187,7 +184,7 @@ def test_the_real_student_agrees_too(task):
 
 
 def test_scores_in_bf16_come_from_logits_that_are_not_rounded(tiny, task):
-    from distill.head import fp32_logits
+    from distill.model.fp32_logits import fp32_logits
 
     model, tokenizer = load_model(tiny, precision="bf16")
     ids, weight = torch.tensor([[5, 6, 7]]), model.get_output_embeddings().weight
@@ -220,7 +217,7 @@ def test_a_label_that_begins_another_is_scored_with_its_end(tiny):
 
 
 def test_trie_scores_by_hand():
-    from distill.trees import LabelTrie
+    from distill.model.label_trie import LabelTrie
 
     trie = LabelTrie([[5], [6, 7]])
     logits = torch.full((1, 2, 10), -1e9)
@@ -289,7 +286,7 @@ def test_layers_that_do_not_fit_wait_elsewhere_and_score_the_same(tiny, tiny_ada
     prompts = [task.prompt(text) for text in task.null_inputs]
     plain = LabelScorer(*load_model(tiny), task.labels, prompts).score(prompts)
     monkeypatch.setenv("OFFLOAD_FOLDER", str(tmp_path))
-    monkeypatch.setattr(models, "room", lambda: {"cpu": 12_800_000})  # the embeddings, and no layer
+    monkeypatch.setattr("common.room", lambda: {"cpu": 12_800_000})  # the embeddings, and no layer
     model, tokenizer = load_model(tiny)
     assert {"cpu", "disk"} <= set(model.hf_device_map.values())
     assert np.allclose(LabelScorer(model, tokenizer, task.labels, prompts).score(prompts), plain, atol=1e-5)

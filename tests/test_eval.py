@@ -6,8 +6,10 @@ import shutil
 import numpy as np
 import pytest
 
-from common import Task, UserError, check_models, holdout, row_hash, write_json
-from distill.metrics import bootstrap, confusion, ece, from_confusion, mcnemar, metrics, takes_over
+from common import Task, holdout, row_hash
+from distill.evaluate import bootstrap, confusion, ece, from_confusion, mcnemar, metrics, takes_over
+from distill.files import UserError, write_json
+from distill.model.hub import check_models
 
 LABELS = ("Good", "Good enough", "Standard", "Bad", "Very bad indeed", "Very good")  # one begins another
 TASK6 = Task("grades", LABELS, "Grade it.\n\n{input}", ("N/A", ""))
@@ -206,9 +208,9 @@ def test_bad_input_of_the_inference(run, tiny_adapter, flags, message):
 @pytest.mark.parametrize("route", ["sft", "kd", "dpo"])
 def test_a_shipped_adapter_beats_the_base_on_held_out_twin_rows(task, route):
     """36 held-out rows through the real student: enough to see 0.66 against 0.34."""
-    from common import ROOT, Calibration, LabelScorer, holdout, label_classes, load_model
-    from creditmix_prepare import read_raw
-    from eval_creditmix import pick
+    from common import Calibration, LabelScorer, holdout, label_classes, load_model
+    from distill.files import ROOT
+    from distill.tasks.creditmix import pick, read_raw
 
     rows = read_raw(ROOT / "data" / "creditmix_dataset.json")[0]
     held = pick(holdout(rows)[1], task, 12, 42)

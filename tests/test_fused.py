@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from distill import fused
-from distill.fused import fuse
+from distill.model import fused_lora as fused
+from distill.model.fused_lora import fuse
 
 
 def student(tiny, dropout=0.0, quantised=False):

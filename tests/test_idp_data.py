@@ -8,21 +8,14 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from common import UserError, dev_split, read_json, row_hash
-from distill.idp_decode import validator
-from eval_idp import (
-    canonical,
-    check_overlap,
-    edit_similarity,
-    f1_scores,
-    field_counts,
-    free_value,
-    regex_receipt,
-    resampled,
-    summarise,
-)
-from idp_prepare import exchanged, mistakes, read_corpus, shown_values, synthesize
-from infer_idp import idp_prompt
+from common import dev_split, row_hash
+from distill.files import UserError, read_json
+from distill.tasks.idp_corpus import exchanged, mistakes, read_corpus, shown_values
+from distill.tasks.idp_documents import idp_prompt
+from distill.tasks.idp_schema import validator
+from distill.tasks.idp_score import canonical, edit_similarity, f1_scores, field_counts, free_value, regex_receipt
+from distill.tasks.idp_synthetic import synthesize
+from eval_idp import check_overlap, resampled, summarise
 
 SCHEMA = ROOT / "data" / "idp_schema.json"
 SROIE = ROOT / "data" / "sroie_schema.json"

@@ -13,22 +13,13 @@ from conftest import ROOT
 from llguidance import LLMatcher
 from transformers import AutoTokenizer
 
-from common import UserError, cli, harmless, load_model, prompt_ids
-from distill.idp_decode import Constraint, SchemaLogitsProcessor, Vocabulary, check_schema, closing, validator
-from distill.models import embedded_student
-from infer_idp import (
-    extract,
-    generate,
-    idp_prompt,
-    in_schema_order,
-    main,
-    merge,
-    parse_valid,
-    pieces_of,
-    result_keys,
-    shorten_lists,
-    split_document,
-)
+from common import harmless, load_model, prompt_ids
+from distill.files import UserError, cli
+from distill.model.hub import embedded_student
+from distill.tasks.idp_decode import Constraint, SchemaLogitsProcessor, Vocabulary, closing, generate
+from distill.tasks.idp_documents import extract, idp_prompt, merge, pieces_of, shorten_lists, split_document
+from distill.tasks.idp_schema import check_schema, in_schema_order, parse_valid, validator
+from infer_idp import main, result_keys
 
 INVOICE = json.loads((ROOT / "data" / "idp_schema.json").read_text())
 SROIE = ROOT / "data" / "sroie_schema.json"
@@ -54,6 +45,9 @@ AWKWARD = {
 def vocab():
     tokenizer = AutoTokenizer.from_pretrained(embedded_student())
     return Vocabulary.of(tokenizer, len(tokenizer))
+
+
+GENERATE_VALID = "distill.tasks.idp_documents.generate_valid"
 
 
 def random_texts(constraint, budget, seed, rows=3):
@@ -242,14 +236,15 @@ def test_a_long_document_keeps_to_max_items_or_is_an_error(tiny, monkeypatch, ca
     model, tokenizer = load_model(tiny)
     pages = iter(range(99))
     monkeypatch.setattr(
-        "infer_idp.generate_valid", lambda m, t, prompts, *_: [{f"p{next(pages)}": [1, 2]} for _ in prompts]
+        GENERATE_VALID,
+        lambda m, t, prompts, *_: [{f"p{next(pages)}": [1, 2]} for _ in prompts],
     )
     document = "Price 1.00\n" * 400
     rule = {"type": "object", "maxProperties": 1}
     error, value = extract(model, tokenizer, [document, "Price 1.00"], rule, None, 40, first=7)
     assert isinstance(error, UserError) and value == {f"p{next(pages) - 1}": [1, 2]}
     assert re.match(r"document 7: its pieces together are not valid: \$: .* too many properties", str(error))
-    monkeypatch.setattr("infer_idp.generate_valid", lambda m, t, prompts, *_: [[next(pages), 0] for _ in prompts])
+    monkeypatch.setattr(GENERATE_VALID, lambda m, t, prompts, *_: [[next(pages), 0] for _ in prompts])
     (value,) = extract(model, tokenizer, [document], {"type": "array", "maxItems": 3}, None, 40)
     assert len(value) == len({*value}) == 3 and "WARNING: document 1: $: " in capsys.readouterr().err
 
@@ -315,7 +310,7 @@ def test_a_stopped_run_goes_on(tiny, jsonl, tmp_path):
 
 def test_a_document_without_a_result_does_not_stop_the_others(tiny, jsonl, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "infer_idp.generate_valid",
+        GENERATE_VALID,
         lambda m, t, prompts, *_: [UserError("no valid JSON") if "BAD" in p else {"total": "1"} for p in prompts],
     )
     source, out = jsonl("docs.jsonl", [{"document": d} for d in ("A", "BAD", "C", "BAD")]), tmp_path / "out.jsonl"

@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
-from common import UserError
-from distill.noise import noisy_copies, prompts_of, swap_noise
+from distill.files import UserError
+from distill.tasks.augment import noisy_copies, prompts_of, swap_noise
 
 
 def rows_of(task, n=40):

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 import creditmix_prepare as prepare
-from common import ROOT, Task, UserError, file_sha256, holdout
-from distill.boosting import GradientBoosting, out_of_fold
-from distill.fields import SIX, parse_fields
-from distill.twin import profile, synthesize
+from common import Task, holdout
+from distill.files import ROOT, UserError, file_sha256
+from distill.tasks import creditmix
+from distill.tasks.boosting import GradientBoosting, out_of_fold
+from distill.tasks.creditmix import SIX, parse_fields
+from distill.tasks.creditmix_twin import profile, synthesize
 
 TASK = Task.load(prepare.TASK)
 SHIPPED = ROOT / "data" / "creditmix_dataset.json"
@@ -91,7 +93,7 @@ def write_csv(path, *months):
 
 @pytest.fixture(scope="module")
 def shipped():
-    return prepare.read_raw(SHIPPED)[0]
+    return creditmix.read_raw(SHIPPED)[0]
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +122,7 @@ def test_no_customer_on_both_sides_of_the_shipped_file(shipped):
 
 def test_held_out_rows_are_in_no_file(small):
     src, out, _ = small
-    train, held = holdout(prepare.read_raw(src)[0])
+    train, held = holdout(creditmix.read_raw(src)[0])
     training = {TASK.prompt(r["question"]) for r in train}
     held = {TASK.prompt(r["question"]) for r in held}
     for stage, field in (("sft", "input"), ("kd", "input"), ("dpo", "prompt")):
@@ -150,11 +152,11 @@ def test_balance_takes_a_row_of_every_customer_before_a_second_of_any():
         ]
 
     many, few = rows("Good", a=5, b=1, c=2), rows("Bad", d=2, e=2)
-    chosen = prepare.balance("rows", many + few, ("Good", "Bad"), seed=1)
+    chosen = creditmix.balance("rows", many + few, ("Good", "Bad"), seed=1)
     customers = Counter(r["group"] for r in chosen)
     assert sum(customers[g] for g in "abc") == sum(customers[g] for g in "de") == 4
     assert customers["b"] == 1 and sorted((customers["a"], customers["c"])) == [1, 2]
-    assert Counter(r["group"] for r in prepare.balance("rows", many + few, ("Good", "Bad"), 1, n=3))["a"] == 1
+    assert Counter(r["group"] for r in creditmix.balance("rows", many + few, ("Good", "Bad"), 1, n=3))["a"] == 1
 
 
 def test_rejected_labels_prefer_the_neighbouring_class(small):
@@ -192,7 +194,7 @@ def test_rows_without_group_are_one_customer_by_income_and_debt(tmp_path):
     path = tmp_path / "rows.jsonl"
     texts = [TEXT, TEXT.replace("35.03", "31.00"), TEXT.replace("809.98", "809.99"), "free text"]
     path.write_text("".join(json.dumps({"question": t, "answer": "Good"}) + "\n" for t in texts))
-    groups = [r["group"] for r in prepare.read_raw(path)[0]]
+    groups = [r["group"] for r in creditmix.read_raw(path)[0]]
     assert groups[0] == groups[1] != groups[2]
     assert groups[3] == "free text"
 
@@ -214,7 +216,7 @@ def test_another_task_of_free_text_has_no_boosting_teacher(tmp_path):
 
 
 def test_csv_text_is_exact(tmp_path):
-    rows, dropped = prepare.read_raw(write_csv(tmp_path / "a.csv", {}))
+    rows, dropped = creditmix.read_raw(write_csv(tmp_path / "a.csv", {}))
     assert rows == [{"question": TEXT, "answer": "Good", "group": "CUS_1"}]
     assert not dropped
 
@@ -222,7 +224,7 @@ def test_csv_text_is_exact(tmp_path):
 def test_csv_may_be_gzipped(tmp_path):
     plain = write_csv(tmp_path / "a.csv", {})
     (tmp_path / "a.csv.gz").write_bytes(gzip.compress(plain.read_bytes()))
-    assert prepare.read_raw(tmp_path / "a.csv.gz") == prepare.read_raw(plain)
+    assert creditmix.read_raw(tmp_path / "a.csv.gz") == prepare.read_raw(plain)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +254,7 @@ def test_dirt_is_repaired_from_the_customers_other_months(tmp_path, column, dirt
         "Occupation": "Doctor",
         "Credit_Mix": "Bad",
     }
-    rows, dropped = prepare.read_raw(write_csv(tmp_path / "a.csv", stranger, {}, {column: dirt}, {}))
+    rows, dropped = creditmix.read_raw(write_csv(tmp_path / "a.csv", stranger, {}, {column: dirt}, {}))
     assert not dropped
     assert rows[2] == rows[1] == rows[3] == {"question": TEXT, "answer": "Good", "group": "CUS_1"}
 
@@ -261,12 +263,12 @@ def test_a_column_that_the_source_has_cleaned_stands_for_the_raw_one(tmp_path):
     path = write_csv(tmp_path / "a.csv", {"Age": "-500", "Credit_Mix": "_"})
     head, month = path.read_text().splitlines()
     path.write_text(f"{head},Age_clean,Credit_Mix_clean\n{month},23,Good\n")
-    (row,), dropped = prepare.read_raw(path)
+    (row,), dropped = creditmix.read_raw(path)
     assert (row["question"], row["answer"], dropped.total()) == (TEXT, "Good", 0)
 
 
 def test_a_birthday_is_kept(tmp_path):
-    rows, _ = prepare.read_raw(write_csv(tmp_path / "a.csv", {}, {}, {"Age": "24"}))
+    rows, _ = creditmix.read_raw(write_csv(tmp_path / "a.csv", {}, {}, {"Age": "24"}))
     assert [r["question"][:9] for r in rows] == ["Age: 23.0", "Age: 23.0", "Age: 24.0"]
 
 
@@ -284,7 +286,7 @@ def test_what_cannot_be_repaired_is_dropped_and_counted(tmp_path):
     months = [{"Customer_ID": f"CUS_{i}", **m} for i, m in enumerate(alone)]
     # payment behaviour changes by the month, so other months do not tell it
     months += [{"Customer_ID": "CUS_9"}, {"Customer_ID": "CUS_9", "Payment_Behaviour": "!@9#%8"}, {"Customer_ID": ""}]
-    rows, dropped = prepare.read_raw(write_csv(tmp_path / "a.csv", *months))
+    rows, dropped = creditmix.read_raw(write_csv(tmp_path / "a.csv", *months))
     assert [r["group"] for r in rows] == ["CUS_9"]
     never = "in any month of the customer"
     assert dropped == {
@@ -301,7 +303,7 @@ def test_what_cannot_be_repaired_is_dropped_and_counted(tmp_path):
 
 def test_all_columns_follow_in_the_same_style(tmp_path):
     dirty = {"Num_Bank_Accounts": "1798", "Amount_invested_monthly": "__10000__", "Payment_of_Min_Amount": "NM"}
-    rows, _ = prepare.read_raw(write_csv(tmp_path / "a.csv", {}, {**dirty, "Credit_History_Age": "NA"}), "all")
+    rows, _ = creditmix.read_raw(write_csv(tmp_path / "a.csv", {}, {**dirty, "Credit_History_Age": "NA"}), "all")
     rest = (
         ", Monthly Inhand Salary: 1824.84, Num Bank Accounts: 3, Num Credit Card: 4, Interest Rate: 3, Num of Loan: 4, "
         "Delay from due date: 3, Num of Delayed Payment: 7, Changed Credit Limit: 11.27, Num Credit Inquiries: 4, "
@@ -309,7 +311,7 @@ def test_all_columns_follow_in_the_same_style(tmp_path):
         "Monthly Balance: 312.49, Payment of Min Amount: "
     )
     assert [r["question"] for r in rows] == [TEXT + rest + "No", TEXT + rest + "N/A"]
-    (row,), _ = prepare.read_raw(
+    (row,), _ = creditmix.read_raw(
         write_csv(tmp_path / "b.csv", {"Monthly_Balance": "-333333333333333333333333333"}), "all"
     )
     assert "Monthly Balance: N/A" in row["question"]
@@ -380,7 +382,7 @@ def test_a_synthetic_customer_has_one_label_income_debt_and_occupation(shipped):
 
 
 def test_profile_of_the_twin_is_near_the_profile_it_was_drawn_from(tmp_path):
-    profile(prepare.read_raw(SHIPPED)[0], tmp_path)
+    profile(creditmix.read_raw(SHIPPED)[0], tmp_path)
     made, drawn_from = (json.loads((f / "creditmix_profile.json").read_text()) for f in (tmp_path, ROOT / "data"))
     assert "synthetic" in made["note"]
     for label in TASK.labels:

@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 from serving import LONG, ROOT, Server, rows
 
-from common import Calibration, LabelScorer, load_model
-from infer_creditmix import answers
+from common import Calibration, LabelScorer, answers, load_model
 
 MODELS = ("base", "sft", "kd", "dpo")
 FIELDS = ["model_name", "prediction", "scores", "raw_scores", "prior", "probabilities", "top2_margin"]
@@ -322,14 +321,14 @@ def test_rows_of_a_client_that_left_are_dropped(narrow):
 
 
 def row(number, tokens, model="sft"):
-    from distill.engine import Row
+    from distill.serve.engine import Row
 
     return Row(number, model, [number] * tokens, 0.0)
 
 
 def engine_with(told, task, scorer):
     """An engine whose model is `scorer`; what it tells is appended to `told`."""
-    from distill.engine import Engine, Lane
+    from distill.serve.engine import Engine, Lane
 
     engine = Engine(None, told.append)
     engine.scorer, engine.model = scorer, None

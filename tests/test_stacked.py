@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from common import LabelScorer, load_base
-from distill.stacked import StackedAdapters, stackable
+from distill.model.stacked_lora import StackedAdapters, stackable
 
 ATTENTION, MLP = ["q_proj", "v_proj"], ["gate_proj", "down_proj"]
 
@@ -44,7 +44,7 @@ def test_adapters_of_other_ranks_and_layers(tiny):
 
 
 def test_a_row_is_computed_by_hand():
-    from distill.stacked import project
+    from distill.model.stacked_lora import project
 
     a = torch.tensor([[1.0, 0.0], [0.0, 1.0]])  # two adapters of rank 1 over two inputs
     b = torch.tensor([[10.0, 100.0]])

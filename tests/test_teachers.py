@@ -19,9 +19,11 @@ import torch
 from safetensors.numpy import load_file
 from serving import Server
 
-from common import UserError, base_config, load_model, row_hash, write_jsonl
-from distill import teachers
-from distill.rows import encode
+from common import load_model, row_hash
+from distill.files import UserError, write_jsonl
+from distill.model.hub import base_config
+from distill.train import teachers
+from distill.train.data import encode
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -364,7 +366,7 @@ def topk_args(tiny, teacher, data, **more):
 
 
 def test_the_top_k_on_disk_is_the_teachers_and_padding_rows_are_sliced(tiny, teacher, tmp_path):
-    from distill.teacher_topk import SHARD, TopK
+    from distill.train.teacher_topk import SHARD, TopK
 
     tokenizer = base_config(tiny)[2]
     rows, _ = encode(tokenizer, texts(SHARD + 6), 200, "input", "teacher_output")

@@ -150,7 +150,7 @@ def test_stopped_and_resumed_is_the_run_that_was_not_stopped(run, tiny, data, tm
 
 
 def test_a_run_is_told_by_what_its_flags_name(data, tiny_adapter, tmp_path):
-    from distill.checkpoints import may_start
+    from distill.train.run_folder import may_start
 
     teacher, here = tmp_path / "teacher", tmp_path / "creditmix_sft.jsonl"
     shutil.copytree(tiny_adapter("sft"), teacher)
@@ -166,7 +166,7 @@ def test_a_run_is_told_by_what_its_flags_name(data, tiny_adapter, tmp_path):
 
 
 def test_sigterm_saves_too(tiny, data, tmp_path):
-    from distill.checkpoints import damaged_file
+    from distill.train.run_folder import damaged_file
 
     flags = options(tiny, data, "sft", tmp_path / "a", max_steps=400, eval_steps=300)
     code, said = told_to_stop(flags, rb" ([3-9]|\d\d+)/400", signal.SIGTERM)
@@ -281,7 +281,7 @@ def checkpoint(folder, step):
     """A checkpoint folder with the files that a trainer leaves there."""
     from safetensors.torch import save_file
 
-    from common import write_json
+    from distill.files import write_json
 
     (folder / f"checkpoint-{step}").mkdir(parents=True)
     for name in ("optimizer.pt", "weights.pt", "scheduler.pt", "rng_state.pth"):
@@ -299,7 +299,7 @@ def run_arguments(data, folder, **more):
 
 
 def test_a_run_killed_in_its_first_checkpoint_starts_again(data, tmp_path):
-    from distill.checkpoints import start_run
+    from distill.train.run_folder import start_run
 
     start_run(run_arguments(data, tmp_path), "sft")
     (checkpoint(tmp_path, 4) / "trainer_state.json").unlink()  # the last file of a checkpoint
@@ -312,8 +312,8 @@ def test_a_run_killed_in_its_first_checkpoint_starts_again(data, tmp_path):
     ["adapter_model.safetensors", "optimizer.pt", "weights.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"],
 )
 def test_a_damaged_checkpoint_is_named(data, tmp_path, name):
-    from common import UserError
-    from distill.checkpoints import start_run
+    from distill.files import UserError
+    from distill.train.run_folder import start_run
 
     start_run(run_arguments(data, tmp_path), "sft")
     checkpoint(tmp_path, 8)
@@ -328,8 +328,8 @@ def test_a_damaged_checkpoint_is_named(data, tmp_path, name):
 
 
 def test_another_learning_rate_is_another_run(data, tmp_path):
-    from common import UserError
-    from distill.checkpoints import start_run
+    from distill.files import UserError
+    from distill.train.run_folder import start_run
 
     start_run(run_arguments(data, tmp_path), "sft")
     checkpoint(tmp_path, 4)
@@ -338,8 +338,8 @@ def test_another_learning_rate_is_another_run(data, tmp_path):
 
 
 def test_another_adapter_under_the_same_name_is_another_run(data, tmp_path):
-    from common import UserError
-    from distill.checkpoints import start_run
+    from distill.files import UserError
+    from distill.train.run_folder import start_run
 
     sft = checkpoint(tmp_path / "sft", 1)
     start_run(run_arguments(data, tmp_path, init_adapter=sft), "dpo")
@@ -352,8 +352,8 @@ def test_another_adapter_under_the_same_name_is_another_run(data, tmp_path):
 
 
 def test_a_readme_that_is_no_runs_is_not_overwritten(data, tmp_path):
-    from common import UserError
-    from distill.checkpoints import start_run
+    from distill.files import UserError
+    from distill.train.run_folder import start_run
 
     (tmp_path / "README.md").write_text("mine")
     with pytest.raises(UserError, match=r"its README.md is no run's; expected --save_dir, a folder of its own"):
@@ -375,8 +375,8 @@ def test_distribution_loss_by_hand():
 
 
 def test_the_micro_batch_is_halved_until_it_fits():
-    from common import UserError
-    from distill.memory import largest_fitting, smaller
+    from distill.files import UserError
+    from distill.train.memory import largest_fitting, smaller
 
     tried = []
 
@@ -391,7 +391,7 @@ def test_the_micro_batch_is_halved_until_it_fits():
 
 
 def test_running_mean_by_hand():
-    from distill.mean import Averaged
+    from distill.train.ema import Averaged
 
     trainer = Averaged()
     trainer.trainable = [torch.nn.Parameter(torch.tensor([1.0, 0.0])), torch.nn.Parameter(torch.tensor(8.0))]
@@ -407,7 +407,9 @@ def test_running_mean_by_hand():
 def test_what_is_kept_is_the_mean_and_training_goes_on_from_the_weights(tiny, task, tmp_path, monkeypatch):
     from safetensors.torch import load_file
 
-    monkeypatch.setattr("distill.mean.SHARE", 2.0)  # reaches back 4 steps of these 2: 3/4 of the first, 1/4 of the last
+    monkeypatch.setattr(
+        "distill.train.ema.SHARE", 2.0
+    )  # reaches back 4 steps of these 2: 3/4 of the first, 1/4 of the last
     last, _, trainer = weights_after("sft", tiny, task, tmp_path)
     trainer.save_model(tmp_path)
     kept = load_file(tmp_path / "adapter_model.safetensors")
@@ -457,7 +459,8 @@ def weights_after(route, tiny, task, folder, upset=None, gpus=1):
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
     from common import label_trie, load_base
-    from distill.training import lora_config, trainer_class
+    from distill.train.student import lora_config
+    from distill.train.trainer import trainer_class
     from kd_train import distribution_trainer
 
     model, tokenizer = load_base(tiny, "fp32")
@@ -542,7 +545,7 @@ def test_one_process_uses_one_of_several_gpus_and_says_so(tiny, task, tmp_path, 
 
 
 def test_one_row_that_does_not_fit_says_what_to_change(tiny, task, tmp_path):
-    from common import UserError
+    from distill.files import UserError
 
     def upset(model):
         def full(*_):
@@ -556,7 +559,7 @@ def test_one_row_that_does_not_fit_says_what_to_change(tiny, task, tmp_path):
 
 @pytest.mark.parametrize("route", ["sft", "kd", "dpo"])
 def test_a_loss_that_is_no_number_stops_the_run(tiny, task, tmp_path, route):
-    from common import UserError
+    from distill.files import UserError
 
     def upset(model):
         model.norm.register_forward_hook(lambda module, args, out: out * torch.nan)
@@ -568,8 +571,8 @@ def test_a_loss_that_is_no_number_stops_the_run(tiny, task, tmp_path, route):
 def test_weights_that_are_no_numbers_are_not_written(tiny, task, tmp_path):
     from argparse import Namespace
 
-    from common import UserError
-    from distill.training import finish
+    from distill.files import UserError
+    from distill.train.run_folder import finish
 
     trainer = weights_after("sft", tiny, task, tmp_path / "trainer")[2]
     weights = {f"lora_B.{i}": torch.ones(2, 2) for i in range(2)}

@@ -5,7 +5,9 @@ import random
 import pytest
 import torch
 
-from distill.trees import LabelTrie, pack_prompts, radix, share_prefixes, tree_batch
+from distill.model.label_trie import LabelTrie
+from distill.model.token_tree import pack_prompts, radix, tree_batch
+from distill.train.trl_prefix import share_prefixes
 
 
 def test_tree_batch_by_hand():

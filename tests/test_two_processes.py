@@ -20,7 +20,7 @@ LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--npro
 WITHOUT_DROPOUT = """
 import runpy, sys
 sys.path.insert(0, {root!r})
-from distill import training
+from distill.train import student as training
 plain = training.lora_config
 def without_dropout(*args):
     config = plain(*args)

@@ -13,7 +13,7 @@ from fastapi import HTTPException
 from fastapi.responses import JSONResponse
 from prometheus_client import Counter, Gauge, Histogram, Summary
 
-from distill.engine import MODELS
+from distill.serve.engine import MODELS
 
 MAX_BODY = 256 * 1024
 BODY_SECONDS = 5  # for a client to send its body
@@ -28,7 +28,6 @@ REJECTIONS = {
     503: "full or not ready",
     504: "deadline",
 }
-
 QUEUED = Gauge("serve_queue_rows", "Rows that are accepted and not answered")
 PEAK = Gauge("serve_gpu_peak_bytes", "Most GPU memory that was reserved; 0 on a CPU")
 BATCH = Histogram("serve_batch_rows", "Rows of one forward pass", buckets=[2**i for i in range(8)])

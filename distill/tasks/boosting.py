@@ -6,8 +6,9 @@ import numpy as np
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.preprocessing import OrdinalEncoder
 
-from common import SEED, UserError, unit_hash
-from distill.fields import parse_fields
+from common import SEED, unit_hash
+from distill.files import UserError
+from distill.tasks.creditmix import parse_fields
 
 
 class GradientBoosting:

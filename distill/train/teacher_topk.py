@@ -11,8 +11,9 @@ from functools import cache
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from common import UserError, atomic_write, completion_ids, load_model, prompt_ids, sha256
-from distill.teachers import cache_folder, free, identity, one_process, shared_vocabulary
+from common import completion_ids, load_model, prompt_ids
+from distill.files import UserError, atomic_write, sha256
+from distill.train.teachers import cache_folder, free, identity, one_process, shared_vocabulary
 
 SHARD = 64  # rows: what a kill may cost
 

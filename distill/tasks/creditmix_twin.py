@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm
 
-from common import ROOT, UserError, atomic_write, read_json, write_json
-from distill.fields import SIX, features_text, parse_fields
+from distill.files import ROOT, UserError, atomic_write, read_json, write_json
+from distill.tasks.creditmix import SIX, features_text, parse_fields
 
 PROFILE = ROOT / "data" / "creditmix_profile.json"
 NUMBERS = ["Age", "Annual Income", "Outstanding Debt", "Credit Utilization Ratio"]

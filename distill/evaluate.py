@@ -1,8 +1,13 @@
 """What an evaluation of a label task says of scores: counts, intervals, calibration, a test between two models."""
 
+import functools
+import sys
+from pathlib import Path
+
 import numpy as np
 
-from common import log_loss
+from common import log_loss, row_hash
+from distill.files import UserError
 
 
 def metrics(scores, y, groups, task):
@@ -74,3 +79,24 @@ def mcnemar(a, b):
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     p = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
     return {"only_a_right": only_a, "only_b_right": only_b, "p": float(p)}
+
+
+@functools.cache
+def trained_rows(name):
+    """Hashes of the rows that an adapter was trained on; empty for a model that does not say."""
+    path = Path(name) / "train_rows.txt"
+    return frozenset(path.read_text(encoding="utf-8").split()) if path.is_file() else frozenset()
+
+
+def check_overlap(name, held, task, allow):
+    """How many held-out rows the model was trained on; UserError when there are some, unless allowed."""
+    seen = trained_rows(name)
+    if not seen and (Path(name) / "adapter_config.json").is_file():
+        print(f"{name}: no train_rows.txt, so overlap with its training rows is unknown", file=sys.stderr)
+    n = sum(row_hash(task.prompt(r["question"])) in seen for r in held)
+    if n and not allow:
+        raise UserError(
+            f"{name}: trained on {n} of the {len(held)} evaluation rows; expected none (same --data and --seed as "
+            "creditmix_prepare.py, or --allow_overlap)"
+        )
+    return n

@@ -29,12 +29,10 @@ from pathlib import Path
 
 import numpy as np
 
-import common
-from common import ROOT, Calibration, LabelScorer, Task, UserError
-from distill.files import one_line
+from common import Calibration, LabelScorer, Task, add_adapter, answers, load_model, prompt_ids
+from distill.files import ROOT, UserError, one_line
 from distill.hardware import cap_memory
-from distill.models import check_plain
-from infer_creditmix import answers
+from distill.model.hub import DEFAULT_STUDENT, EMBEDDED, adapter_base, check_plain
 
 MODELS = ("base", "sft", "kd", "dpo")
 MAX_ROWS = 128  # of one batch; batches are also cut where the scorer would cut them
@@ -55,8 +53,8 @@ class Settings:
 def settings():
     """The environment, checked. Error: UserError."""
     env = os.environ
-    base = env.get("BASE_MODEL") or common.DEFAULT_STUDENT
-    stem = "smollm2" if base == common.EMBEDDED else "creditmix"
+    base = env.get("BASE_MODEL") or DEFAULT_STUDENT
+    stem = "smollm2" if base == EMBEDDED else "creditmix"
     folders = {name: Path(env.get(f"{name.upper()}_DIR") or ROOT / "runs" / f"{stem}_{name}") for name in MODELS[1:]}
     limits = []
     for name, default in (("DEADLINE", "30"), ("MAX_QUEUE", "512"), ("MAX_VRAM_GB", "")):
@@ -117,7 +115,7 @@ class Engine:
     def load(self):
         """Everything that answering needs. Error: whatever keeps the base model from loading."""
         cap_memory(self.config.max_vram_gb)
-        self.model, self.tokenizer = common.load_model(self.config.base)
+        self.model, self.tokenizer = load_model(self.config.base)
         # the scorer cuts batches at so many padded tokens; one collected here is then one forward pass
         cpu = self.model.device.type == "cpu"
         self.tokens, self.near = (2048, 64) if cpu else (16384, 2 * MAX_ROWS)
@@ -160,8 +158,8 @@ class Engine:
                 f"{shown}: no adapter; train it: python {name}_train.py --student {base} "
                 f"--data data/{task.name}_{name}.jsonl --save_dir {shown}"
             )
-        if Path(common.adapter_base(folder)).resolve() != Path(base).resolve():
-            raise UserError(f"{shown}: trained on {common.adapter_base(folder)}; expected {base}")
+        if Path(adapter_base(folder)).resolve() != Path(base).resolve():
+            raise UserError(f"{shown}: trained on {adapter_base(folder)}; expected {base}")
         if (folder / "task.json").is_file():
             task = Task.load(folder / "task.json")
             if (task.labels, task.template) != (self.config.task.labels, self.config.task.template):
@@ -170,7 +168,7 @@ class Engine:
                 )
         check_plain(folder)
         calibration = Calibration.load(folder, task)
-        self.model = common.add_adapter(self.model, folder, adapter)
+        self.model = add_adapter(self.model, folder, adapter)
         self._renew_scorer()
         prior = self._prior(task, adapter)
         if not np.isfinite(prior).all():
@@ -205,7 +203,7 @@ class Engine:
         return self.scorer.score_ids(ids, adapters if isinstance(self.model, PeftModel) else None)
 
     def _prior(self, task, adapter="__base__"):
-        ids = common.prompt_ids(self.tokenizer, task.null_prompts())
+        ids = prompt_ids(self.tokenizer, task.null_prompts())
         return self._score(ids, [adapter] * len(ids)).mean(0)
 
     def warm(self):
@@ -219,7 +217,7 @@ class Engine:
             sizes, lengths = [len(names), 1], (2,)
         for n, times in itertools.product(sizes, lengths):  # rows with values are some once to twice as long
             texts = [", ".join([text] * times) for text in self.config.task.null_inputs]
-            ids = common.prompt_ids(self.tokenizer, [self.config.task.prompt(text) for text in texts])
+            ids = prompt_ids(self.tokenizer, [self.config.task.prompt(text) for text in texts])
             ids = [own[: self.longest] for own in ids]
             try:
                 self._score([ids[i % len(ids)] for i in range(n)], [names[i % len(names)] for i in range(n)])
@@ -382,7 +380,3 @@ def main():
     loaded.set()
     engine.tell_state("ready")
     engine.serve()
-
-
-if __name__ == "__main__":
-    main()

@@ -10,8 +10,9 @@ the calibration, fitted on rows without noise, takes the second back.
 import math
 import random
 
-from common import UserError, between, prompt_of
-from distill.fields import split_fields
+from common import prompt_of
+from distill.files import UserError, between
+from distill.tasks.creditmix import split_fields
 
 
 def swap_noise(rows, key, answer, task, share, passes, seed):

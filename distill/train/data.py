@@ -1,17 +1,7 @@
 """What a trainer reads: rows checked, split, tokenised as they are scored, and shown before a run begins."""
 
-from common import (
-    Task,
-    UserError,
-    completion_ids,
-    dev_split,
-    label_classes,
-    prompt_ids,
-    prompt_of,
-    read_rows,
-    unit_hash,
-)
-from distill.files import task_file
+from common import Task, completion_ids, dev_split, label_classes, prompt_ids, prompt_of, task_file, unit_hash
+from distill.files import UserError, read_rows
 
 
 def read_training_rows(args, fields, answer, optional=None):

@@ -14,28 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
-from common import (
-    Calibration,
-    LabelScorer,
-    UserError,
-    adapter_base,
-    base_config,
-    check_row,
-    label_classes,
-    load_model,
-    parse_json,
-    prompt_ids,
-    sha256,
-)
+from common import Calibration, LabelScorer, label_classes, load_model, prompt_ids
+from distill.files import UserError, check_row, parse_json, sha256
+from distill.model.hub import adapter_base, base_config
 
 BOOSTING = "gradient-boosting"
 LABEL_TOKENS = 64  # of a label task's answer: a label and the words that some teachers put around it
 AT_ONCE = 8  # requests to an endpoint
 ATTEMPTS = 6  # a request, with 0.5, 1, 2, ... seconds between them, or what the server's Retry-After says
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Which teacher
 
 
 def is_endpoint(teacher):
@@ -122,10 +108,6 @@ def free():
     torch.cuda.empty_cache()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Answers for rows that have none
-
-
 def teach(args, rows, task, tokenizer):
     """Give rows without teacher_output theirs by args.teacher -> (rows to train on, {reason: rows dropped}).
 
@@ -155,8 +137,8 @@ def teach(args, rows, task, tokenizer):
 
 def boosted(args, rows, task):
     """[N, L] probabilities by gradient boosting on the rows' own fields, out of fold by customer."""
-    from distill.boosting import out_of_fold
-    from distill.fields import customer
+    from distill.tasks.boosting import out_of_fold
+    from distill.tasks.creditmix import customer
 
     before, behind = task.template.split("{input}")
     if not all(r.get("output") for r in rows):
@@ -252,7 +234,7 @@ def generate(args, prompts, budget, keep):
     """Greedy answers of a local model, in batches of prompts of similar length; prompt and answer fit in `budget`."""
     from tqdm import tqdm
 
-    from infer_codegen import reply_to
+    from distill.tasks.codegen_samples import reply_to
 
     model, tokenizer = load_model(args.teacher, args.precision)
     lengths = {p: len(ids) for p, ids in zip(prompts, prompt_ids(tokenizer, prompts), strict=True)}
@@ -267,10 +249,6 @@ def generate(args, prompts, budget, keep):
     bar.close()
     del model
     free()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# An OpenAI-compatible endpoint
 
 
 def ask_endpoint(args, prompts, budget, keep):

@@ -2,10 +2,11 @@
 
 import torch
 
-from common import UserError, completion_ids, prompt_ids, prompt_of
-from distill.fused import CHUNK
+from common import completion_ids, prompt_ids, prompt_of
+from distill.files import UserError
 from distill.hardware import cap_memory
-from distill.trees import packed_shape
+from distill.model.fused_lora import CHUNK
+from distill.model.token_tree import packed_shape
 
 
 def smaller(precision):

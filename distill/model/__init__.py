@@ -1,0 +1,1 @@
+"""Forward passes: token trees, label tries, LoRA layers, generation. Knows no task."""

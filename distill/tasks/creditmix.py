@@ -1,0 +1,202 @@
+"""CreditMix rows: the features text, the public CSV with its dirt, and balanced classes."""
+
+import gzip
+import re
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from common import unit_hash
+from distill.files import UserError, read_rows
+
+SIX = ["Age", "Occupation", "Annual Income", "Outstanding Debt", "Credit Utilization Ratio", "Payment Behaviour"]
+
+
+def features_text(d, fields):
+    """The text that models read, for each row of a frame: age with one decimal, the six fields' numbers with two."""
+
+    def shown(name, value):
+        if isinstance(value, str):
+            return value
+        text = f"{value:.1f}" if name == "Age" else f"{value:.2f}"
+        return text if name in SIX else "N/A" if pd.isna(value) else text.removesuffix(".00")
+
+    return [", ".join(f"{n}: {shown(n, v)}" for n, v in zip(fields, row, strict=True)) for row in d[fields].values]
+
+
+def split_fields(text):
+    """[(name, value), ...] of a text 'Key: value, Key: value', all as written; empty for another text."""
+    return re.findall(r"(?:^|, )([^:,]+): (.*?)(?=, [^:,]+: |$)", text)
+
+
+def parse_fields(text):
+    """{"Age": 23.0, "Occupation": "Scientist", ...} of a features text: numbers as floats, N/A as NaN.
+
+    Errors: UserError when the text has no 'Key: value' fields.
+    """
+    fields = {}
+    for key, value in split_fields(text):
+        try:
+            fields[key] = float("nan") if value == "N/A" else float(value)
+        except ValueError:
+            fields[key] = value
+    if not fields:
+        raise UserError(f"gradient boosting needs texts like 'Key: value, Key: value', got {text[:60]!r}")
+    return fields
+
+
+def customer(text):
+    """Who a row without a group belongs to: same income and debt, same customer; another task's text is its own."""
+    found = re.search(r"Annual Income: ([^,]+).*Outstanding Debt: ([^,]+)", text)
+    return f"income {found[1]}, debt {found[2]}" if found else text
+
+
+CONSTANT = ["Credit Mix", "Age", "Occupation", "Annual Income", "Outstanding Debt"]  # over a customer's months
+MISSING = ["", "_", "_______", "!@9#%8", "NM"]
+# What a genuine number can be: wider than the public data's clean values, narrower than their dirt.
+PLAUSIBLE = {
+    "Age": (14, 100),
+    "Annual Income": (1_000, 200_000),
+    "Outstanding Debt": (0, 10_000),
+    "Credit Utilization Ratio": (0, 100),
+}
+EXTRA = {
+    "Monthly Inhand Salary": (0, 20_000),
+    "Num Bank Accounts": (0, 20),
+    "Num Credit Card": (0, 20),
+    "Interest Rate": (1, 50),
+    "Num of Loan": (0, 20),
+    "Delay from due date": (-10, 100),
+    "Num of Delayed Payment": (0, 50),
+    "Changed Credit Limit": (-10, 50),
+    "Num Credit Inquiries": (0, 50),
+    "Credit History Months": (0, 1_000),
+    "Total EMI per month": (0, 5_000),
+    "Amount invested monthly": (0, 5_000),
+    "Monthly Balance": (0, 5_000),
+}
+
+
+def read_raw(path, columns="six"):
+    """Rows {"question": features text, "answer": label, "group": customer} of a source, and a Counter of dropped rows.
+
+    path: JSON or JSONL in that form ("group" optional), or the public credit-score CSV (.csv, .csv.gz).
+    columns: "six" fields in the text, or "all" the CSV's informative ones.
+    """
+    if str(path).endswith((".csv", ".csv.gz")):
+        return read_csv(path, columns)
+    if columns != "six":
+        raise UserError(f"{path}: --columns {columns}: expected the CSV; the texts of this file are as they are")
+    rows = read_rows(path, {"question": str, "answer": str}, {"group": str})
+    return [{**r, "group": r.get("group") or customer(r["question"])} for r in rows], Counter()
+
+
+def read_csv(path, columns="six"):
+    """The public CSV as downloaded -> rows and dropped as read_raw.
+
+    Where the file has a column NAME_clean, as some copies of the data do, it stands for NAME. What is constant for a
+    customer is repaired where it is missing, impossible or far from the customer's usual value; a row that still
+    lacks its label or one of the six fields is dropped.
+    """
+    fields = SIX if columns == "six" else [*SIX, *EXTRA, "Payment of Min Amount"]
+    data = read_table(path, ["Customer ID", "Credit Mix", *fields])
+    who = data["Customer ID"]
+    for name, (low, high) in (PLAUSIBLE | EXTRA).items():
+        if name in fields:
+            number = pd.to_numeric(data[name].str.strip("_ "), errors="coerce")
+            data[name] = number.where(number.between(low, high))
+    for name in CONSTANT:
+        own, normal = data[name], usual(data[name], who)
+        if name == "Age":  # a birthday is no dirt
+            own = own.where((own - normal).abs() <= 1)
+        elif name == "Annual Income":
+            own = own.where((own / normal).between(0.5, 2))
+        data[name] = own.fillna(normal)
+    for name in EXTRA.keys() & set(fields):
+        data[name] = data[name].fillna(data[name].groupby(who).transform("median"))
+
+    reason = pd.Series("", index=data.index)
+    for name in ("Customer ID", "Credit Mix", *SIX):
+        why = f"no {name} in any month of the customer" if name in CONSTANT else f"no {name}"
+        reason = reason.where((reason != "") | data[name].notna(), why)
+    dropped, data = Counter(reason[reason != ""]), data[reason == ""]
+    if data.empty:
+        raise UserError(f"{path}: no usable row; dropped: {dict(dropped)}")
+    rows = zip(features_text(data, fields), data["Credit Mix"], data["Customer ID"], strict=True)
+    return [{"question": q, "answer": a, "group": g} for q, a, g in rows], dropped
+
+
+def read_table(path, fields):
+    """A CSV's columns `fields` (its underscores as blanks) as text, NaN where the public data's marks say missing."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        raw = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as e:
+        raise UserError(f"{path}: not a CSV file: {' '.join(str(e).split())}") from None
+    if raw.empty:
+        raise UserError(f"{path}: no rows")
+    raw.columns = raw.columns.str.replace("_", " ")
+    if "Credit History Age" in raw:
+        age = raw["Credit History Age"].str.extract(r"(\d+) Years? and (\d+) Months?").astype(float)
+        raw["Credit History Months"] = (age[0] * 12 + age[1]).astype(str)
+    for name in fields:
+        if f"{name} clean" in raw:
+            raw[name] = raw[f"{name} clean"]
+        if name not in raw:
+            raise UserError(
+                f"{path}:1: column '{name.replace(' ', '_')}' is missing; expected the public data's columns"
+            )
+    for line, label in enumerate(raw["Credit Mix"], 2):
+        if label not in ("Good", "Standard", "Bad", *MISSING):
+            raise UserError(f"{path}:{line}: column 'Credit_Mix': expected Good, Standard, Bad or _, got {label!r}")
+    return raw[fields].where(~raw[fields].isin(MISSING))
+
+
+def usual(values, who):
+    """Each row's customer's commonest value (the smallest of equals: the dirt inflates), NaN where there is none."""
+    counts = pd.DataFrame({"who": who, "value": values}).value_counts().reset_index()
+    counts = counts.sort_values(["count", "value"], ascending=[False, True]).drop_duplicates("who")
+    return who.map(counts.set_index("who")["value"])
+
+
+def row_key(row):
+    return f"{row['group']}:{row['question']}"
+
+
+def balance(place, rows, labels, seed, n=None):
+    """`n` rows of each class, by default as many as the smallest has: one of every customer, then a second, and so on.
+
+    Which of a customer's rows come first is a hash of seed and row. (A customer's months are near copies of each other,
+    so more customers say more than more months.)
+    Errors: UserError beginning with `place`, naming the class with fewer than n rows, or with none.
+    """
+    by_class = {label: [r for r in rows if r["answer"] == label] for label in labels}
+    smallest = min(labels, key=lambda label: len(by_class[label]))
+    have = len(by_class[smallest])
+    if have < (n or 1):
+        raise UserError(f"{place}: class {smallest!r} has {have} rows; expected at least {n or 1}")
+    for same in by_class.values():
+        same.sort(key=lambda r: unit_hash(f"balance:{seed}", row_key(r)))
+        seen, turns = Counter(), []
+        for r in same:
+            seen[r["group"]] += 1
+            turns.append(seen[r["group"]])
+        same[:] = [same[i] for i in np.argsort(turns, kind="stable")]
+    return [r for label in labels for r in by_class[label][: n or have]]
+
+
+def pick(held, task, per_class, seed):
+    """per_class rows of each class, the same ones for the same seed; all rows when per_class is None."""
+    if per_class is None:
+        return held
+    out = []
+    for label in task.labels:
+        rows = sorted((r for r in held if r["answer"] == label), key=lambda r: unit_hash(seed, r["question"]))
+        if len(rows) < per_class:
+            raise UserError(f"--val_per_class {per_class}: class {label!r} has only {len(rows)} held-out rows")
+        out += rows[:per_class]
+    return out
