@@ -20,24 +20,35 @@ from distill.train.data import dataset, describe, encode, read_training_rows, sp
 from distill.train.run import run_training
 from distill.train.run_folder import may_start, start_run
 from distill.train.student import load_student, lora
+from distill.train.teacher_endpoint import Endpoint
 from distill.train.teacher_topk import TopK
-from distill.train.teachers import by_tokens, check, teach
+from distill.train.teachers import Teacher, cache_folder, check_teacher, learns_token_distribution, teach
 from distill.train.trainer import trainer_class
 
 
 def main(args):
     rows, task = read_kd_rows(args)
+    teacher = None
+    if args.teacher:
+        at_endpoint = "://" in args.teacher
+        endpoint = Endpoint(args.teacher, args.teacher_model, args.teacher_timeout) if at_endpoint else None
+        teacher = Teacher(args.teacher, args.precision, endpoint)
+        check_teacher(teacher, args.student, task)
     same = may_start(args, "kd")
     student = base_config(args.student)
     tokenizer = student[2]
-    rows, untaught = teach(args, rows, task, tokenizer) if args.teacher else (rows, {})
-    if args.teacher and task:
-        add_distributions(args.teacher, rows, task)
+    untaught = {}
+    if teacher:
+        rows, untaught = teach(teacher, rows, task, tokenizer, data=args.data, max_len=args.max_len, seed=args.seed)
+        if task:
+            add_distributions(teacher.name, rows, task)
     train, dev = split_for(args, rows)
     train, dropped = encode(tokenizer, train, args.max_len, "input", "teacher_output")
     dev, dropped_dev = encode(tokenizer, dev, args.max_len, "input", "teacher_output")
     told = describe(tokenizer, train, dropped, dropped_dev) | {"rows_untaught": untaught, "teacher": args.teacher}
-    top_k = TopK(args, tokenizer, train + dev) if by_tokens(args, task) else None
+    top_k = None
+    if learns_token_distribution(teacher, task):
+        top_k = TopK(teacher, args.student, tokenizer, train + dev, args.top_k, cache_folder(args.data))
     record = start_run(args, "kd", same)
     model, tokenizer = load_student(args, train, student)
 
@@ -81,15 +92,13 @@ def read_kd_rows(args):
     if task:
         label_classes(args.data, rows, "output", task, unknown=(None,))
         add_distributions(args.data, rows, task)
-    if args.teacher:
-        check(args, task)
     return rows, task
 
 
 def add_distributions(path, rows, task):
     """Set row["teacher"], probabilities in the task's order, and row["gold"], a class number or -1 where unknown.
 
-    Error: UserError naming the row whose probabilities are none.
+    Raises UserError naming the row when its probabilities are invalid.
     """
     for i, row in enumerate(rows, 1):
         if "teacher" in row or not row.get("teacher_output"):

@@ -8,9 +8,9 @@ import subprocess
 import sys
 import threading
 import time
-from argparse import Namespace
 from collections import Counter
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -22,8 +22,9 @@ from serving import Server
 from common import load_model, row_hash
 from distill.files import UserError, write_jsonl
 from distill.model.hub import base_config
-from distill.train import teachers
+from distill.train import teacher_endpoint, teachers
 from distill.train.data import encode
+from distill.train.teacher_endpoint import Endpoint, ask_endpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -155,19 +156,25 @@ def test_an_endpoint_writes_free_text_and_what_is_cut_or_too_long_is_not_trained
 @pytest.mark.parametrize(
     ("reply", "times", "message"),
     [
-        ((429, {}, b"slow down"), 3, "/v1/chat/completions: status 429: 'slow down', 3 times"),
-        ((500, {}, b"oops"), 3, "status 500: 'oops', 3 times"),
-        (b"<html>hello</html>", 3, "status 200, but no choices[0].message.content in '<html>hello</html>', 3 times"),
+        (
+            (429, {}, b"slow down"),
+            3,
+            "/v1/chat/completions: status 429: 'slow down', 3 attempts for the prompt 'poison'",
+        ),
+        ((500, {}, b"oops"), 3, "status 500: 'oops', 3 attempts"),
+        (b"<html>hello</html>", 3, "status 200, but no choices[0].message.content in '<html>hello</html>', 3 attempts"),
         (b'{"choices": [{"message": {"content": 7}}]}', 3, "status 200, but no choices[0].message.content"),
         (b"[" * 100_000, 3, "status 200, but no choices[0].message.content"),
-        ((401, {}, b"no such key"), 1, "status 401: 'no such key' to the prompt 'poison'"),
+        ((401, {}, b"no such key"), 1, "status 401: 'no such key', 1 attempt for the prompt 'poison'"),
         ((302, {"Location": "file:///etc/passwd"}, b""), 1, "status 302"),
-        ("slow", 3, "no answer in 0.5 s (--teacher_timeout), 3 times"),
+        ("slow", 3, "no answer in 0.5 s (--teacher_timeout), 3 attempts"),
     ],
 )
 def test_an_endpoint_that_fails_is_named_and_what_it_answered_is_kept(monkeypatch, reply, times, message):
-    monkeypatch.setattr(teachers, "ATTEMPTS", 3)
-    monkeypatch.setattr(teachers, "AT_ONCE", 1)  # so that the first two are answered before the third fails
+    monkeypatch.setattr(teacher_endpoint, "ATTEMPTS", 3)
+    monkeypatch.setattr(
+        teacher_endpoint, "CONCURRENT_REQUESTS", 1
+    )  # so that the first two are answered before the third fails
 
     def answer(prompt, _):
         if prompt != "poison":
@@ -178,24 +185,24 @@ def test_an_endpoint_that_fails_is_named_and_what_it_answered_is_kept(monkeypatc
 
     got = {}
     with endpoint(answer) as server:
-        args = Namespace(teacher=server.url, teacher_model="m", teacher_timeout=0.5 if reply == "slow" else 20.0)
+        asked = Endpoint(server.url, "m", timeout=0.5 if reply == "slow" else 20.0)
         with pytest.raises(UserError) as e:
-            teachers.ask_endpoint(args, ["a", "b", "poison", "c"], 9, lambda p, *answer: got.update({p: answer}))
+            ask_endpoint(asked, ["a", "b", "poison", "c"], 9, lambda p, *answer: got.update({p: answer}))
         assert server.asked["poison"] == times
-    assert message in str(e.value) and "; 2 of 4 answers are kept, the same command goes on" in str(e.value)
+    assert message in str(e.value) and "; 2 of 4 answers are kept, the same command continues" in str(e.value)
     assert got == {"a": ("fine", True), "b": ("fine", True)} and "\n" not in str(e.value)
 
 
 def test_the_key_of_an_endpoint_is_sent_without_a_line_break_and_never_printed(monkeypatch):
     with endpoint(lambda *_: "fine") as server:
-        args = Namespace(teacher=server.url, teacher_model="m", teacher_timeout=20.0)
+        asked = Endpoint(server.url, "m", timeout=20.0)
         monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\n")
-        teachers.ask_endpoint(args, ["a"], 9, lambda *_: None)
+        ask_endpoint(asked, ["a"], 9, lambda *_: None)
         assert server.seen[0][1] == "Bearer sk-secret"
         for key in ("sk-secret\u2026", "sk-se\ncret"):
             monkeypatch.setenv("OPENAI_API_KEY", key)
             with pytest.raises(UserError, match="OPENAI_API_KEY: expected printable ASCII characters") as e:
-                teachers.ask_endpoint(args, ["b"], 9, lambda *_: None)
+                ask_endpoint(asked, ["b"], 9, lambda *_: None)
             assert "sk-se" not in str(e.value)
         assert len(server.seen) == 1
 
@@ -203,17 +210,23 @@ def test_the_key_of_an_endpoint_is_sent_without_a_line_break_and_never_printed(m
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"teacher": "file:///etc/passwd", "teacher_model": "m"}, "--teacher: expected http://host:port/v1 or https"),
-        ({"teacher": "http://u:secret@h/v1", "teacher_model": "m"}, "a key only in OPENAI_API_KEY"),
-        ({"teacher": "http://h:x/v1", "teacher_model": "m"}, "Invalid port: 'x'; expected http://host:port/v1"),
+        (
+            {"teacher": "file:///etc/passwd", "teacher_model": "m"},
+            "--teacher: URL scheme should be 'http' or 'https'; expected http://host:port/v1",
+        ),
+        ({"teacher": "http://u:secret@h/v1", "teacher_model": "m"}, "a key goes into OPENAI_API_KEY"),
+        ({"teacher": "http://h:x/v1", "teacher_model": "m"}, "invalid port number; expected http://host:port/v1"),
         ({"teacher": "http://127.0.0.1:9/v1"}, "expected --teacher_model, the model's name there"),
         ({"teacher": "gradient-boosting"}, "free text has no classes; expected a label task"),
         ({"teacher": "nobody/nothing"}, "nobody/nothing: neither a model folder nor"),
-        ({"teacher": "http://127.0.0.1:9/v1", "teacher_model": "m"}, "ConnectError"),
+        (
+            {"teacher": "http://127.0.0.1:9/v1", "teacher_model": "m"},
+            "ConnectError: All connection attempts failed, 6 attempts",
+        ),
         ({"teacher": "http://127.0.0.1:9/v1", "teacher_model": "m", "max_len": 9}, "longer than 9 tokens"),
     ],
 )
-def test_a_teacher_that_cannot_be_is_told_in_one_line(run, tiny, jsonl, tmp_path, more, message):
+def test_an_impossible_teacher_is_refused_in_one_line(run, tiny, jsonl, tmp_path, more, message):
     data = jsonl("notes_kd.jsonl", [{"input": f"question {i}"} for i in range(3)])
     done = run("kd_train.py", *flags(tiny, data, tmp_path / "a", **more))
     assert done.returncode == 2 and message in done.stderr.splitlines()[-1], done.stderr[-2000:]
@@ -266,12 +279,16 @@ def test_ctrl_c_ends_an_endpoint_pass_at_once(tiny, jsonl, tmp_path):
     with endpoint(reply) as server:
         more = {"teacher": server.url, "teacher_model": "m"}
         command = [sys.executable, "kd_train.py", *flags(tiny, data, tmp_path / "a", **more)]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        # the shell ignores SIGINT in a job in the background (`make test &`), and a child inherits that
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        restore = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+        process = subprocess.Popen(command, cwd=ROOT, **pipes, preexec_fn=restore)
         assert asked.wait(120)
         process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=30)[0].decode()  # the server still holds every request
+        output = process.communicate(timeout=30)[0].decode()  # the server still holds every request
         end.set()
-    assert process.returncode == 130 and "Traceback" not in said and said.strip().endswith("interrupted"), said[-2000:]
+    assert process.returncode == 130 and "Traceback" not in output, output[-2000:]
+    assert output.strip().endswith("interrupted"), output[-2000:]
 
 
 def test_a_label_task_is_taught_by_transformers_own_server(run, task, tiny, jsonl, tmp_path):
@@ -360,18 +377,18 @@ def test_token_loss_by_hand():
     assert both.item() == pytest.approx(2 * kl, abs=1e-6)  # a sum, which the trainer divides by the step's tokens
 
 
-def topk_args(tiny, teacher, data, **more):
-    more = {"teacher_model": None, "precision": "fp32", "top_k": 8, "max_len": 200, **more}
-    return Namespace(teacher=str(teacher), student=str(tiny), data=data, **more)
-
-
 def test_the_top_k_on_disk_is_the_teachers_and_padding_rows_are_sliced(tiny, teacher, tmp_path):
     from distill.train.teacher_topk import SHARD, TopK
 
     tokenizer = base_config(tiny)[2]
     rows, _ = encode(tokenizer, texts(SHARD + 6), 200, "input", "teacher_output")
     data = tmp_path / "notes_kd.jsonl"
-    top_k = TopK(topk_args(tiny, teacher, data), tokenizer, rows)
+
+    def compute(rows, k=8):
+        folder = teachers.cache_folder(data)
+        return TopK(teachers.Teacher(str(teacher), "fp32"), str(tiny), tokenizer, rows, k, folder)
+
+    top_k = compute(rows)
     assert teachers.shared_vocabulary(teacher, tiny) == len(tokenizer)
     model = load_model(teacher, "fp32")[0]
     assert model.config.vocab_size == len(tokenizer) + 64
@@ -391,21 +408,21 @@ def test_the_top_k_on_disk_is_the_teachers_and_padding_rows_are_sliced(tiny, tea
     assert record["tokens"] == sum(len(r["labels"]) - r["labels"].count(-100) for r in rows)
     assert 8 * 2 + 9 * 2 < record["bytes_a_token"] < 8 * 2 + 9 * 2 + 2 and record["shards_computed"] == 2
     assert abs(record["kept_mass"] - sum(masses) / 4) < 0.1 and 0 < record["kept_mass"] < 1
-    assert TopK(topk_args(tiny, teacher, data), tokenizer, rows).record["shards_computed"] == 0
+    assert compute(rows).record["shards_computed"] == 0
     whole = [path.read_bytes() for path in cached(data, "topk")]
     for i, damage in enumerate((lambda b: b[:-9], lambda b: b"", lambda b: b"x" * 99)):
         path = cached(data, "topk")[i % 2]
         path.unlink()  # the old file may still be mapped
         path.write_bytes(damage(whole[i % 2]))
-        assert TopK(topk_args(tiny, teacher, data), tokenizer, rows).record["shards_computed"] == 1
+        assert compute(rows).record["shards_computed"] == 1
         assert [path.read_bytes() for path in cached(data, "topk")] == whole
     longer, _ = encode(tokenizer, texts(SHARD + 9), 200, "input", "teacher_output")
-    assert TopK(topk_args(tiny, teacher, data), tokenizer, longer).record["shards_computed"] == 1  # the last one
-    assert TopK(topk_args(tiny, teacher, data, top_k=9), tokenizer, rows).record["shards_computed"] == 2
+    assert compute(longer).record["shards_computed"] == 1  # the last one
+    assert compute(rows, 9).record["shards_computed"] == 2
     os.utime(teacher / "model.safetensors", (1, 1))  # other weights in the same folder
-    assert TopK(topk_args(tiny, teacher, data), tokenizer, rows).record["shards_computed"] == 2
+    assert compute(rows).record["shards_computed"] == 2
     with pytest.raises(UserError, match=r"--top_k 49152: expected fewer than the 49152 tokens"):
-        TopK(topk_args(tiny, teacher, data, top_k=49152), tokenizer, rows)
+        compute(rows, 49152)
 
 
 def test_several_processes_do_not_each_ask_the_teacher(run, tiny, teacher, jsonl, tmp_path):

@@ -7,13 +7,14 @@ student's weights load: the two never share the memory.
 import json
 import sys
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from common import completion_ids, load_model, prompt_ids
 from distill.files import UserError, atomic_write, sha256
-from distill.train.teachers import cache_folder, free, identity, one_process, shared_vocabulary
+from distill.train.teachers import Teacher, release_memory, require_single_process, shared_vocabulary
 
 SHARD = 64  # rows: what a kill may cost
 
@@ -22,16 +23,16 @@ class TopK:
     """The teacher's k most likely tokens at every trained position, computed once and read from disk row by row.
 
     A shard is a safetensors file of SHARD rows: ids [T, k] in 16 bits where the vocabulary allows, and logp [T, k + 1]
-    in float16, the last one being all other tokens together. Its name is a hash of teacher, k and the rows themselves,
-    so another teacher or another text never finds it, and a longer run finds what a shorter one has computed.
+    in float16, the last one being all other tokens together. Its name is a hash of the teacher, k and the rows, so
+    another teacher or another text never matches it, and a longer run reuses what a shorter one has computed.
     """
 
-    def __init__(self, args, tokenizer, rows):
-        """rows: as encode() gives them. Computes the shards that are not there; the teacher is freed before return."""
-        self.size, self.k = shared_vocabulary(args.teacher, args.student), args.top_k
+    def __init__(self, teacher: Teacher, student: str, tokenizer, rows: list[dict], k: int, folder: Path):
+        """Compute the shards that `folder` does not have, then free the teacher. rows: the result of encode()."""
+        self.size, self.k = shared_vocabulary(teacher.name, student), k
         if self.k >= self.size:
             raise UserError(f"--top_k {self.k}: expected fewer than the {self.size} tokens of the vocabulary")
-        folder, who = cache_folder(args), identity(args)
+        identity = teacher.identity()
         for i, row in enumerate(rows):
             row["row"] = i
         self.shards = [rows[i : i + SHARD] for i in range(0, len(rows), SHARD)]
@@ -40,13 +41,13 @@ class TopK:
             [[r["input"], r["input_ids"][-n:]] for r, n in zip(*x, strict=True)]
             for x in zip(self.shards, self.counts, strict=True)
         ]
-        names = [sha256(json.dumps([who, self.k, self.size, text]))[:16] for text in texts]
+        names = [sha256(json.dumps([identity, self.k, self.size, text]))[:16] for text in texts]
         self.paths = [folder / f"topk-{name}.safetensors" for name in names]
-        todo = [i for i, path in enumerate(self.paths) if not self.whole(i, path)]
+        todo = [i for i, path in enumerate(self.paths) if not self.is_complete(i, path)]
         if todo:
-            one_process(f"--teacher {args.teacher}")
-            self._compute(args, tokenizer, todo)
-        opened.cache_clear()  # a file that was computed again is another one
+            require_single_process(teacher)
+            self._compute(teacher, student, tokenizer, todo)
+        opened.cache_clear()  # a file that was computed again has another content
         tokens = sum(map(sum, self.counts))
         kept = sum(float(opened(path).metadata()["kept"]) for path in self.paths)
         self.record = {
@@ -57,12 +58,12 @@ class TopK:
             "shards_computed": len(todo),
         }
         print(
-            f"{args.teacher}: top {self.k} at {tokens} tokens in {folder}: {self.record['bytes_a_token']} bytes a "
+            f"{teacher.name}: top {self.k} at {tokens} tokens in {folder}: {self.record['bytes_a_token']} bytes a "
             f"token, {self.record['kept_mass']:.2%} of the probability; {len(todo)} of {len(self.paths)} shards new"
         )
 
-    def whole(self, shard, path):
-        """Whether a shard lies there and can be read; one that was cut short or is not ours is computed again."""
+    def is_complete(self, shard: int, path: Path) -> bool:
+        """Whether the file holds the shard; one that is cut short or has other contents is computed again."""
         tokens = sum(self.counts[shard])
         try:
             found = safe_open(path, "np")
@@ -73,20 +74,27 @@ class TopK:
             pass
         return False
 
-    def _compute(self, args, tokenizer, todo):
+    def _compute(self, teacher: Teacher, student: str, tokenizer, todo: list[int]) -> None:
         from tqdm import tqdm
 
-        model, own = load_model(args.teacher, args.precision)
+        model, own = load_model(teacher.name, teacher.precision)
         bar = tqdm(total=sum(sum(self.counts[i]) for i in todo), desc="teacher", unit="token", file=sys.stderr)
         for i in todo:
-            save_shard(self.paths[i], model, encoded_for(own, tokenizer, args, self.shards[i]), self.size, self.k)
+            prompts = [r["input"] for r in self.shards[i]]
+            outputs = [r["teacher_output"] for r in self.shards[i]]
+            pairs = encode_pairs(own, prompts, outputs)
+            if [answer for _, answer in pairs] != completion_ids(tokenizer, prompts, outputs):
+                raise UserError(
+                    f"{teacher.name}: its chat template writes an answer with other tokens than {student}'s"
+                )
+            save_shard(self.paths[i], model, pairs, self.size, self.k)
             bar.update(sum(self.counts[i]))
         bar.close()
         del model
-        free()
+        release_memory()
 
-    def __getitem__(self, row):
-        """(ids [T, k] long, logp [T, k + 1] float) of row number row["row"]."""
+    def __getitem__(self, row: int):
+        """(ids [T, k] long, logp [T, k + 1] float) of the row with number row["row"]."""
         import torch
 
         shard, at = divmod(row, SHARD)
@@ -102,36 +110,29 @@ def opened(path):
     return safe_open(path, "np")  # mapped: only what a batch reads is in memory
 
 
-def encoded_for(own, tokenizer, args, rows):
-    """(prompt ids, completion ids) of rows for the teacher: its own chat template, the student's completion.
-
-    Error: UserError where the two templates end a turn with different tokens.
-    """
-    prompts, outputs = [r["input"] for r in rows], [r["teacher_output"] for r in rows]
-    begins = prompt_ids(own, prompts)
-    answers = completion_ids(own, prompts, outputs, begins)
-    if answers != completion_ids(tokenizer, prompts, outputs):
-        raise UserError(f"{args.teacher}: its chat template writes an answer with other tokens than {args.student}'s")
-    return list(zip(begins, answers, strict=True))
+def encode_pairs(tokenizer, prompts: list[str], outputs: list[str]) -> list[tuple[list[int], list[int]]]:
+    """(prompt ids, completion ids) of each pair in the chat template of `tokenizer`."""
+    begins = prompt_ids(tokenizer, prompts)
+    return list(zip(begins, completion_ids(tokenizer, prompts, outputs, begins), strict=True))
 
 
-def save_shard(path, model, rows, size, k):
-    """Write the teacher's k most likely tokens, and the rest in one, at each completion token of rows.
+def save_shard(path: Path, model, pairs: list[tuple[list[int], list[int]]], size: int, k: int) -> None:
+    """Write the log-probs of the teacher's k most likely tokens, and of all others together, at each completion token.
 
-    rows: (prompt ids, completion ids); size: the ids that the student has too, the others being padding.
+    pairs: (prompt ids, completion ids). size: the ids that the student has too; higher ones are padding.
     """
     import torch
     from safetensors.numpy import save
 
     ids, logp = [], []
-    for batch in token_batches(rows, 1024 if model.device.type == "cpu" else 2048):
+    for batch in token_batches(pairs, 1024 if model.device.type == "cpu" else 2048):
         width = max(len(p) + len(a) for p, a in batch)
         tokens, seen = (torch.zeros(len(batch), width, dtype=torch.long) for _ in range(2))
         keep = torch.zeros(len(batch), width, dtype=torch.bool)
         for b, (p, a) in enumerate(batch):
             tokens[b, : len(p) + len(a)] = torch.tensor(p + a)
             seen[b, : len(p) + len(a)] = 1
-            keep[b, len(p) - 1 : len(p) + len(a) - 1] = True  # the token in front of each predicts it
+            keep[b, len(p) - 1 : len(p) + len(a) - 1] = True  # the token before each predicts it
         tokens, seen, keep = (x.to(model.device) for x in (tokens, seen, keep))
         with torch.inference_mode():
             out = model(input_ids=tokens, attention_mask=seen, logits_to_keep=keep, use_cache=False).logits
@@ -141,7 +142,7 @@ def save_shard(path, model, rows, size, k):
                 rest = logs.scatter(1, top.indices, -torch.inf).logsumexp(-1, keepdim=True)
                 both = torch.cat([top.values, rest], 1).clamp(min=-60000)  # float16 ends there
                 if both.isnan().any():
-                    raise UserError(f"{model.config.name_or_path}: its log-probs are no numbers; expected --precision")
+                    raise UserError(f"{model.config.name_or_path}: its log-probs are NaN; expected another --precision")
                 ids.append(top.indices.cpu().numpy().astype(np.uint16 if size <= 65536 else np.int32))
                 logp.append(both.half().cpu().numpy())
     ids, logp = np.concatenate(ids), np.concatenate(logp)
@@ -150,8 +151,8 @@ def save_shard(path, model, rows, size, k):
         f.write(save({"ids": ids, "logp": logp}, metadata={"kept": repr(float(kept))}))
 
 
-def token_batches(rows, budget):
-    """Rows in order, as many at once as `budget` tokens with padding allow, at least one."""
+def token_batches(rows, budget: int):
+    """Yield the rows in order, in batches of at most `budget` tokens with padding, or of one row."""
     batch, width = [], 0
     for row in rows:
         longest = max(width, len(row[0]) + len(row[1]))

@@ -1,61 +1,84 @@
-"""What answers KD rows that have no answer: gradient boosting, a model, or an OpenAI-compatible endpoint.
+"""What answers the KD rows that have no answer: gradient boosting, a model, or an OpenAI-compatible endpoint.
 
-kd_train.py calls check, then teach. What a teacher has written lies beside the data, in NAME_kd.teacher/ for
-NAME_kd.jsonl, so a killed run asks only for the rest. A teacher is gone before the student's weights load. Its
-log-probs: distill/teacher_topk.py.
+kd_train.py calls check_teacher, then teach. Answers are stored beside the data, in NAME_kd.teacher/ for NAME_kd.jsonl,
+so a killed run asks only for the rest. A local teacher is freed before the student's weights load. The log-probs of a
+teacher: distill/train/teacher_topk.py.
 """
 
-import asyncio
 import gc
 import json
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from common import Calibration, LabelScorer, label_classes, load_model, prompt_ids
+from common import Calibration, LabelScorer, Task, label_classes, load_model, prompt_ids
 from distill.files import UserError, check_row, parse_json, sha256
 from distill.model.hub import adapter_base, base_config
+from distill.train.teacher_endpoint import Endpoint, ask_endpoint
 
 BOOSTING = "gradient-boosting"
-LABEL_TOKENS = 64  # of a label task's answer: a label and the words that some teachers put around it
-AT_ONCE = 8  # requests to an endpoint
-ATTEMPTS = 6  # a request, with 0.5, 1, 2, ... seconds between them, or what the server's Retry-After says
+LABEL_TOKENS = 64  # per answer of a label task: a label and the words that some teachers put around it
 
 
-def is_endpoint(teacher):
-    return bool(teacher) and "://" in teacher
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher. name: gradient-boosting, a model's folder or hub id, or the endpoint's address.
+
+    precision: of a local model (nf4, bf16, fp32 or auto). endpoint: None for a local teacher.
+    """
+
+    name: str
+    precision: str = "auto"
+    endpoint: Endpoint | None = None
+
+    @property
+    def is_local_model(self) -> bool:
+        return self.endpoint is None and self.name != BOOSTING
+
+    def identity(self) -> list:
+        """What stored answers depend on: the name and, for a folder, its files, so that a retrained model is new."""
+        if self.endpoint:
+            return [self.endpoint.url, self.endpoint.model]
+        from huggingface_hub import try_to_load_from_cache
+
+        names, state = [self.name], []
+        if (Path(self.name) / "adapter_config.json").is_file():
+            names.append(adapter_base(self.name))
+        for name in names:
+            if Path(name).is_dir():
+                files = sorted(p for p in Path(name).iterdir() if p.suffix in (".safetensors", ".json", ".jinja"))
+                state += [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+            else:
+                state.append(try_to_load_from_cache(name, "config.json"))  # a hub id: its path has the commit
+        return [names, self.precision, state]
 
 
-def by_tokens(args, task):
-    """Whether the run learns the teacher's token distributions: free text and a teacher whose logits can be had."""
-    return bool(args.teacher) and task is None and args.teacher != BOOSTING and not is_endpoint(args.teacher)
+def learns_token_distribution(teacher: Teacher | None, task: Task | None) -> bool:
+    """Whether the loss is on the teacher's token distributions: free text, and a teacher whose logits are at hand."""
+    return task is None and teacher is not None and teacher.is_local_model
 
 
-def check(args, task):
-    """Refuse an impossible teacher before anything loads or is asked; UserError says what was expected."""
-    if is_endpoint(args.teacher):
-        import httpx2
-
-        try:
-            url = httpx2.URL(args.teacher)
-        except httpx2.InvalidURL as e:
-            raise UserError(f"--teacher {args.teacher}: {e}; expected http://host:port/v1") from None
-        if url.scheme not in ("http", "https") or not url.host or url.userinfo:
-            raise UserError("--teacher: expected http://host:port/v1 or https, a key only in OPENAI_API_KEY")
-        if not args.teacher_model:
-            raise UserError(f"--teacher {args.teacher}: expected --teacher_model, the model's name there")
-    elif args.teacher == BOOSTING and task is None:
+def check_teacher(teacher: Teacher, student: str, task: Task | None) -> None:
+    """Raise UserError for a teacher that cannot work, before anything loads or is asked."""
+    if teacher.endpoint:
+        teacher.endpoint.check()
+    elif teacher.name == BOOSTING and task is None:
         raise UserError(f"--teacher {BOOSTING}: free text has no classes; expected a label task (--task)")
-    elif by_tokens(args, task):
-        shared_vocabulary(args.teacher, args.student)
+    elif learns_token_distribution(teacher, task):
+        shared_vocabulary(teacher.name, student)
 
 
-def shared_vocabulary(teacher, student):
-    """How many token ids both models have; UserError unless they differ by padding rows alone. Loads no weights.
+def shared_vocabulary(teacher: str, student: str) -> int:
+    """How many token ids both models have. Loads no weights.
 
-    Qwen2.5 has 151,936 rows of logits up to 3B and 152,064 from 7B on, for the same 151,665 tokens.
+    Two vocabularies may differ only by padding rows: Qwen2.5 has 151,936 rows of logits up to 3B and 152,064 from 7B
+    on, for the same 151,665 tokens.
+
+    Raises UserError for any other difference.
     """
     names = [adapter_base(n) if (Path(n) / "adapter_config.json").is_file() else n for n in (teacher, student)]
     (_, config_t, tokenizer_t), (_, config_s, tokenizer_s) = map(base_config, names)
@@ -72,115 +95,110 @@ def shared_vocabulary(teacher, student):
     return size
 
 
-def identity(args):
-    """What a cache depends on: the teacher by name and, where it is a folder, by its files; a retrained one is new."""
-    if is_endpoint(args.teacher):
-        return [args.teacher, args.teacher_model]
-    from huggingface_hub import try_to_load_from_cache
-
-    names, state = [args.teacher], []
-    if (Path(args.teacher) / "adapter_config.json").is_file():
-        names.append(adapter_base(args.teacher))
-    for name in names:
-        if Path(name).is_dir():
-            files = sorted(p for p in Path(name).iterdir() if p.suffix in (".safetensors", ".json", ".jinja"))
-            state += [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
-        else:
-            state.append(try_to_load_from_cache(name, "config.json"))  # a hub id: its path has the commit
-    return [names, args.precision, state]
+def cache_folder(data: Path) -> Path:
+    """Where a teacher's answers and log-probs for the rows of `data` are stored."""
+    return data.with_name(f"{data.stem}.teacher")
 
 
-def cache_folder(args):
-    return args.data.with_name(f"{args.data.stem}.teacher")
-
-
-def one_process(what):
-    """UserError under `accelerate launch`: each process would ask the teacher for everything."""
+def require_single_process(teacher: Teacher) -> None:
+    """Raise UserError under `accelerate launch`, where each process would ask the teacher for everything."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError(f"{what}: expected one process for the teacher; run once without `accelerate launch`")
+        raise UserError(
+            f"--teacher {teacher.name}: expected one process for the teacher; run once without `accelerate launch`"
+        )
 
 
-def free():
-    """Give the memory of a model that the caller has let go back to the device."""
+def release_memory() -> None:
+    """Return the memory of a model that the caller has deleted to the device."""
     import torch
 
     gc.collect()
     torch.cuda.empty_cache()
 
 
-def teach(args, rows, task, tokenizer):
-    """Give rows without teacher_output theirs by args.teacher -> (rows to train on, {reason: rows dropped}).
+def teach(
+    teacher: Teacher, rows: list[dict], task: Task | None, tokenizer, *, data: Path, max_len: int, seed: int
+) -> tuple[list[dict], dict[str, int]]:
+    """Fill in teacher_output where it is missing: (rows to train on, {reason: rows dropped}).
 
-    Label tasks: gradient boosting and models give teacher_probs too, an endpoint its label alone. Free text: the whole
-    answer. Rows whose prompt is over --max_len are not asked for. Error: UserError when no row is left.
+    For a label task, gradient boosting and local models also give teacher_probs; an endpoint gives a label. For free
+    text the teacher writes the answer. Rows whose prompt exceeds max_len tokens are not asked for.
+
+    Raises UserError when no row is left.
     """
     untaught = [r for r in rows if not r.get("teacher_output")]
     if not untaught:
-        if not by_tokens(args, task):
-            print(f"every row has its teacher_output: --teacher {args.teacher} is not asked")
+        if not learns_token_distribution(teacher, task):
+            print(f"every row has its teacher_output: --teacher {teacher.name} is not asked")
         return rows, {}
     dropped = {}
-    if task and not is_endpoint(args.teacher):
-        probs = boosted(args, untaught, task) if args.teacher == BOOSTING else scored(args, untaught, task)
+    if task and not teacher.endpoint:
+        probs = boosted(untaught, task, data, seed) if teacher.name == BOOSTING else scored(teacher, untaught, task)
         for row, p in zip(untaught, probs, strict=True):
             row["teacher_probs"] = dict(zip(task.labels, map(float, p), strict=True))
             row["teacher_output"] = task.labels[int(np.argmax(p))]
     else:
-        dropped = answered(args, untaught, task, tokenizer)
+        dropped = answered(teacher, untaught, task, tokenizer, data, max_len)
     taught = [r for r in rows if r.get("teacher_output")]
     given = len(untaught) - sum(dropped.values())
-    print(f"{args.teacher} taught {given} rows" + "".join(f"; {n} {why}" for why, n in dropped.items()))
+    print(f"{teacher.name} taught {given} rows" + "".join(f"; {n} {why}" for why, n in dropped.items()))
     if not taught:
-        raise UserError(f"{args.data}: no row has an answer to train on: {dropped} of {len(rows)} rows")
+        raise UserError(f"{data}: no row has an answer to train on: {dropped} of {len(rows)} rows")
     return taught, dropped
 
 
-def boosted(args, rows, task):
-    """[N, L] probabilities by gradient boosting on the rows' own fields, out of fold by customer."""
+def boosted(rows: list[dict], task: Task, data: Path, seed: int) -> np.ndarray:
+    """[N, L] probabilities by gradient boosting on the fields in the prompts, out of fold by customer."""
     from distill.tasks.boosting import out_of_fold
     from distill.tasks.creditmix import customer
 
-    before, behind = task.template.split("{input}")
+    before, after = task.template.split("{input}")
     if not all(r.get("output") for r in rows):
-        raise UserError(f"{args.data}: --teacher gradient-boosting learns from field 'output'; a row has none")
-    label_classes(args.data, rows, "output", task)
-    texts = [r["input"].removeprefix(before).removesuffix(behind) for r in rows]
-    own = zip(rows, texts, strict=True)
-    fields = [{"question": t, "answer": r["output"], "group": r.get("group") or customer(t)} for r, t in own]
-    return out_of_fold(fields, task.labels, args.seed)  # no row is taught by a model that saw its customer
+        raise UserError(f"{data}: --teacher gradient-boosting learns from field 'output'; a row has none")
+    label_classes(data, rows, "output", task)
+    texts = [r["input"].removeprefix(before).removesuffix(after) for r in rows]
+    fields = [
+        {"question": text, "answer": row["output"], "group": row.get("group") or customer(text)}
+        for row, text in zip(rows, texts, strict=True)
+    ]
+    return out_of_fold(fields, task.labels, seed)  # no row is taught by a model that saw its customer
 
 
-def scored(args, rows, task):
-    """[N, L] probabilities by a model through the scorer, with the calibration that lies beside it."""
-    model, tokenizer = load_model(args.teacher, args.precision)
+def scored(teacher: Teacher, rows: list[dict], task: Task) -> np.ndarray:
+    """[N, L] probabilities by a local model through the label scorer, with the calibration in its folder."""
+    model, tokenizer = load_model(teacher.name, teacher.precision)
     scorer = LabelScorer(model, tokenizer, task.labels, task.null_prompts())
     raw = scorer.score([r["input"] for r in rows], progress=True)
-    scores = Calibration.load(args.teacher, task)(raw, scorer.prior(task))
+    scores = Calibration.load(teacher.name, task)(raw, scorer.prior(task))
     del model, scorer
-    free()
+    release_memory()
     return np.exp(scores - np.logaddexp.reduce(scores, axis=1, keepdims=True))
 
 
-def answered(args, rows, task, tokenizer):
-    """Set teacher_output from a teacher's text where it can be trained on -> {reason: rows that cannot}."""
-    budget = LABEL_TOKENS if task else args.max_len
+def answered(
+    teacher: Teacher, rows: list[dict], task: Task | None, tokenizer, data: Path, max_len: int
+) -> dict[str, int]:
+    """Set teacher_output from the teacher's text where that can be trained on; returns {reason: rows without one}."""
+    max_tokens = LABEL_TOKENS if task else max_len
     lengths = map(len, prompt_ids(tokenizer, [r["input"] for r in rows]))
-    fits = [r for r, n in zip(rows, lengths, strict=True) if n < args.max_len]
-    dropped = {f"longer than {args.max_len} tokens": len(rows) - len(fits)}
-    name = sha256(json.dumps([identity(args), budget]))[:16]
-    answers = Answers(cache_folder(args) / f"answers-{name}.jsonl")
+    fits = [r for r, n in zip(rows, lengths, strict=True) if n < max_len]
+    dropped = {f"longer than {max_len} tokens": len(rows) - len(fits)}
+    name = sha256(json.dumps([teacher.identity(), max_tokens]))[:16]
+    answers = Answers(cache_folder(data) / f"answers-{name}.jsonl")
     todo = list(dict.fromkeys(r["input"] for r in fits if r["input"] not in answers.of))
-    print(f"{args.teacher}: {len(fits)} rows need an answer, {len(todo)} of them are not in {answers.path}")
+    print(f"{teacher.name}: {len(fits)} rows need an answer, {len(todo)} of them are not in {answers.path}")
     if todo:
-        one_process(f"--teacher {args.teacher}")
-        ask = ask_endpoint if is_endpoint(args.teacher) else generate
-        ask(args, todo, budget, answers.keep)
+        require_single_process(teacher)
+        if teacher.endpoint:
+            ask_endpoint(teacher.endpoint, todo, max_tokens, answers.keep)
+        else:
+            generate(teacher, todo, max_tokens, answers.keep)
     useless = []
     for row in fits:
         text, whole = answers.of[row["input"]]
         if task:
             row["teacher_output"] = label_of(text, task.labels)
-        elif whole and text.strip():  # the end of a turn must not be taught in mid-sentence
+        elif whole and text.strip():  # a text that was cut would teach the student to stop in mid-sentence
             row["teacher_output"] = text
         if not row.get("teacher_output"):
             useless.append(text)
@@ -191,10 +209,11 @@ def answered(args, rows, task, tokenizer):
     return {why: n for why, n in dropped.items() if n}
 
 
-def label_of(text, labels):
-    """The label that an answer is, behind "Answer:" or not, in whatever case and marks; None where that is not plain.
+def label_of(text: str, labels: tuple[str, ...]) -> str | None:
+    """The label that an answer states, or None where that is not certain.
 
-    A label named inside a sentence is none: "not Bad" would teach the opposite.
+    Case, punctuation and a preamble such as "Answer:" are ignored. A label inside a sentence does not count: "not Bad"
+    would teach the opposite.
     """
     for part in (text, text.rpartition(":")[2]):
         if part.strip() in labels:
@@ -230,106 +249,22 @@ class Answers:
         self.of[prompt] = text, whole
 
 
-def generate(args, prompts, budget, keep):
-    """Greedy answers of a local model, in batches of prompts of similar length; prompt and answer fit in `budget`."""
+def generate(teacher: Teacher, prompts: list[str], max_tokens: int, keep: Callable[[str, str, bool], None]) -> None:
+    """Greedy answers of a local model: keep(prompt, text, whole). Prompt and answer share `max_tokens`."""
     from tqdm import tqdm
 
     from distill.tasks.codegen_samples import reply_to
 
-    model, tokenizer = load_model(args.teacher, args.precision)
+    model, tokenizer = load_model(teacher.name, teacher.precision)
     lengths = {p: len(ids) for p, ids in zip(prompts, prompt_ids(tokenizer, prompts), strict=True)}
-    prompts = sorted(prompts, key=lengths.__getitem__)
+    prompts = sorted(prompts, key=lengths.__getitem__)  # a batch has prompts of similar length
     bar = tqdm(total=len(prompts), desc="teacher", unit="answer", file=sys.stderr)
     for i in range(0, len(prompts), 16):
         batch = prompts[i : i + 16]
-        most = max(1, min(budget, model.config.get_text_config().max_position_embeddings) - lengths[batch[-1]])
+        most = max(1, min(max_tokens, model.config.get_text_config().max_position_embeddings) - lengths[batch[-1]])
         for prompt, (text, tokens) in zip(batch, reply_to(model, tokenizer, batch, most, 0), strict=True):
             keep(prompt, text, tokens < most)
         bar.update(len(batch))
     bar.close()
     del model
-    free()
-
-
-def ask_endpoint(args, prompts, budget, keep):
-    """Ask args.teacher for every prompt, AT_ONCE at a time; keep(prompt, text, whole) each answer as it comes.
-
-    Errors: UserError naming address and status when a request fails ATTEMPTS times, at once where trying again is
-    no use; what was kept stays.
-    """
-    from tqdm import tqdm
-
-    url = f"{args.teacher.rstrip('/')}/chat/completions"
-    bar = tqdm(total=len(prompts), desc="teacher", unit="answer", file=sys.stderr)
-
-    def kept(prompt, answer):
-        keep(prompt, *answer)
-        bar.update()
-
-    try:
-        asyncio.run(ask_all(args, url, prompts, budget, kept))
-    except UserError as e:
-        raise UserError(f"{e}; {bar.n} of {len(prompts)} answers are kept, the same command goes on") from None
-    finally:
-        bar.close()
-
-
-async def ask_all(args, url, prompts, budget, kept):
-    import httpx2
-
-    key = os.environ.get("OPENAI_API_KEY", "").strip()  # a line break from a file is no part of it
-    if not (key.isascii() and key.isprintable()):
-        raise UserError("OPENAI_API_KEY: expected printable ASCII characters")
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    limits = httpx2.Limits(max_connections=AT_ONCE)
-    waiting = iter(prompts)
-    # asyncio and no threads: Ctrl-C ends the requests under way, and a limit of time holds for a whole answer
-    async with httpx2.AsyncClient(headers=headers, timeout=None, limits=limits) as client:
-
-        async def worker():
-            for prompt in waiting:
-                body = {"model": args.teacher_model, "messages": [{"role": "user", "content": prompt}]}
-                body |= {"temperature": 0, "max_tokens": budget}
-                kept(prompt, await ask_one(client, url, body, args.teacher_timeout))
-
-        await asyncio.gather(*(worker() for _ in range(min(AT_ONCE, len(prompts)))))
-
-
-async def ask_one(client, url, body, seconds):
-    """(text, whole or cut) of one request, tried again while that can help."""
-    import httpx2
-
-    for attempt in range(1, ATTEMPTS + 1):
-        wait = 0.5 * 2 ** (attempt - 1)
-        try:
-            async with asyncio.timeout(seconds):
-                answer = await client.post(url, json=body)
-            code = answer.status_code
-            if code == 200:
-                return read_answer(answer)
-            problem = f"status {code}: {answer.text[:200].strip()!r}"
-            if code not in (408, 409, 425, 429) and code < 500:
-                raise UserError(f"{url}: {problem} to the prompt {body['messages'][0]['content'][:40]!r}")
-            after = answer.headers.get("retry-after", "")
-            wait = min(float(after), 60) if after.isdecimal() else wait
-        except TimeoutError:
-            problem = f"no answer in {seconds:g} s (--teacher_timeout)"
-        except httpx2.RequestError as e:
-            problem = f"{type(e).__name__}: {e}"
-        except ValueError as e:
-            problem = f"status 200, but {e}"
-        if attempt < ATTEMPTS:
-            await asyncio.sleep(wait)
-    raise UserError(f"{url}: {problem}, {ATTEMPTS} times")
-
-
-def read_answer(answer):
-    """(text, whole or cut) of a chat completion; ValueError when the body is none."""
-    try:
-        choice = answer.json()["choices"][0]
-        text = choice["message"]["content"]
-    except (ValueError, LookupError, TypeError, RecursionError):
-        text = ()
-    if not isinstance(text, str | None):
-        raise ValueError(f"no choices[0].message.content in {answer.text[:80]!r}")
-    return text or "", choice.get("finish_reason") != "length"
+    release_memory()
