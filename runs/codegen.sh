@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The README's CodeGen table on a GPU: the embedded student, each route trained, then sampled with the base.
-# Usage: bash tests/gpu_codegen.sh MBPP OUT     MBPP: its training part as JSONL (not shipped)
+# Usage: bash runs/codegen.sh MBPP OUT     MBPP: its training part as JSONL (not shipped)
 # A small student leaves a large GPU idle, so models run side by side; on an 8 GB card run them one by one.
 set -euo pipefail
 mbpp=$1 out=$2

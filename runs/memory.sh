@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What memory costs and saves on a GPU: the server under a cap, the allocator's segments, paging, layers in RAM.
-# Usage: bash tests/gpu_memory.sh OUT      (random weights in the shape of Qwen2.5-3B; some 7 minutes)
+# Usage: bash runs/memory.sh OUT      (random weights in the shape of Qwen2.5-3B; some 7 minutes)
 set -uo pipefail
 out=$1; mkdir -p "$out/data"
 export OMP_NUM_THREADS=4 HF_HUB_OFFLINE=1 TQDM_MININTERVAL=20

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Two GPUs against one: samples/s of the three trainers at the same effective batch, and FSDP-QLoRA on a 3B shape.
-# Usage: bash tests/gpu_two.sh OUT      (random weights in the shapes of Qwen2.5-1.5B and -3B; some 8 minutes)
+# Usage: bash runs/two_gpus.sh OUT      (random weights in the shapes of Qwen2.5-1.5B and -3B; some 8 minutes)
 set -uo pipefail
 out=$1; mkdir -p "$out/data"
 export OMP_NUM_THREADS=4 HF_HUB_OFFLINE=1 TQDM_MININTERVAL=20

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The README's IDP table on a GPU: the embedded student, each route trained, then evaluated with the base.
-# Usage: bash tests/gpu_idp.sh SROIE OUT     SROIE: JSONL of document and gold (not shipped)
+# Usage: bash runs/idp.sh SROIE OUT     SROIE: JSONL of document and gold (not shipped)
 # A small student leaves a large GPU idle, so the routes train side by side; on an 8 GB card run them one by one.
 set -euo pipefail
 sroie=$1 out=$2
