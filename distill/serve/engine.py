@@ -380,3 +380,7 @@ def main():
     loaded.set()
     engine.tell_state("ready")
     engine.serve()
+
+
+if __name__ == "__main__":
+    main()
