@@ -70,7 +70,7 @@ def test_trainer_and_scorer_try_a_model_once(folders, task, monkeypatch):
     model, tokenizer = load_base(folders("phi3"), "fp32")
     assert (
         tree_mask_unsupported_reason(model, 100) is None
-        and LabelScorer(model, tokenizer, task.labels).trees
+        and LabelScorer(model, tokenizer, task.labels).forward.trees
         and tried == [model]
     )
 
