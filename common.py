@@ -6,6 +6,7 @@ Nothing here is run by itself; `python sft_train.py --help` and the README show 
 import functools
 import logging
 import os
+import re
 import sys
 import warnings
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from distill.files import UserError, check_row, one_line, read_json, sha256, write_json
-from distill.hardware import choose_precision, device, room
+from distill.hardware import choose_precision, device, device_key, room, weight_bytes
 from distill.model.hub import adapter_base, base_config
 from distill.model.label_forward import LabelForward, batches, shared_prefix, token_budget
 from distill.model.label_trie import LabelTrie
@@ -197,23 +198,32 @@ def _chat(tokenizer, user, answer=None):
 # Loading models
 
 
-def load_base(name, precision="auto", base=None):
+def load_base(name, precision="auto", base=None, offload_folder=None):
     """(model, tokenizer) of a hub id, a local folder or the embedded student, in eval mode.
 
     Attention goes through sdpa, transformers' default, where the architecture has it.
 
     precision: auto, nf4 (QLoRA: double quantisation, bf16 compute), bf16 or fp32. base: base_config(name), if known.
+    offload_folder: layers that do not fit the GPU wait in RAM, then in this folder, in 16 bits, since bitsandbytes
+    keeps 4-bit layers on the GPU. A model whose 4-bit weights fit stays in 4 bits.
     """
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     path, config, tokenizer = base or base_config(name)
     asked, (precision, why) = precision, choose_precision(config, precision)
-    offload = os.environ.get("OFFLOAD_FOLDER")  # layers that do not fit wait in RAM, then in this folder
-    if offload and precision == "nf4":
-        if asked == "nf4":
-            raise UserError("OFFLOAD_FOLDER: bitsandbytes keeps 4-bit layers on the GPU; expected --precision bf16")
-        precision, why = "bf16", "OFFLOAD_FOLDER takes no 4-bit layers"
+    if offload_folder and precision == "nf4":
+        needed, free = weight_bytes(config, "nf4"), sum(n for where, n in room().items() if where == device_key())
+        if needed <= free:
+            print(f"{name}: {needed / 2**30:.1f} GiB in 4 bits fit: OFFLOAD_FOLDER is not used", file=sys.stderr)
+            offload_folder = None
+        elif asked == "nf4":
+            raise UserError(
+                f"{name}: {needed / 2**30:.1f} GiB in 4 bits do not fit {free / 2**30:.1f} GiB, and OFFLOAD_FOLDER "
+                "takes no 4-bit layers; expected --precision bf16"
+            )
+        else:
+            precision, why = "bf16", "layers in OFFLOAD_FOLDER cannot be in 4 bits"
     print(f"{name}: {precision} on {device()} ({why})", file=sys.stderr)
     kwargs = {"dtype": torch.float32 if precision == "fp32" else torch.bfloat16}
     if precision == "nf4":
@@ -227,8 +237,8 @@ def load_base(name, precision="auto", base=None):
         # only numbers of one type can be cut in parts together
         kwargs["quantization_config"].bnb_4bit_quant_storage = torch.bfloat16
     kwargs["device_map"] = {"": device()}
-    if offload:
-        kwargs |= {"device_map": "auto", "offload_folder": offload, "max_memory": room()}
+    if offload_folder:
+        kwargs |= {"device_map": "auto", "offload_folder": offload_folder, "max_memory": room()}
     try:
         model = AutoModelForCausalLM.from_pretrained(path, **kwargs).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
@@ -245,7 +255,8 @@ def load_model(name_or_dir, precision="auto"):
     from distill.model.fused_lora import fuse_norms
 
     adapter = (Path(name_or_dir) / "adapter_config.json").is_file()
-    model, tokenizer = load_base(adapter_base(name_or_dir) if adapter else name_or_dir, precision)
+    name = adapter_base(name_or_dir) if adapter else name_or_dir
+    model, tokenizer = load_base(name, precision, offload_folder=os.environ.get("OFFLOAD_FOLDER"))
     fuse_norms(model)
     return add_adapter(model, name_or_dir) if adapter else model, tokenizer
 
@@ -253,16 +264,22 @@ def load_model(name_or_dir, precision="auto"):
 def add_adapter(model, folder, name="default", trainable=False):
     """The base model with one more adapter from `folder`; UserError when it does not fit or did not load."""
     from peft import PeftModel
+    from safetensors.torch import load_file
 
-    # PEFT would lay all layers out anew
-    if os.environ.get("OFFLOAD_FOLDER") and any(p.is_meta for p in model.parameters()):
-        raise UserError(f"{folder}: OFFLOAD_FOLDER: an adapter needs all layers on the GPU, and some wait elsewhere")
     try:
         if isinstance(model, PeftModel):
             model.load_adapter(folder, adapter_name=name)
         else:
-            base, model = model, PeftModel.from_pretrained(model, folder, adapter_name=name, is_trainable=trainable)
+            base, places = model, model.__dict__.pop("hf_device_map", None)  # by it PEFT would move offloaded layers
+            model = PeftModel.from_pretrained(base, folder, adapter_name=name, is_trainable=trainable)
             model.precision = base.precision
+            if places:
+                base.hf_device_map = places
+        if any(p.is_meta for p in model.parameters()):
+            # PEFT puts an adapter where its layer's weights are, on no device; it belongs where the layer is computed
+            weights = load_file(Path(folder) / "adapter_model.safetensors", str(device()))
+            state = {re.sub(r"(lora_[AB])\.weight$", rf"\1.{name}.weight", k): v.float() for k, v in weights.items()}
+            model.load_state_dict(state, strict=False, assign=True)
     except (RuntimeError, ValueError, TypeError, LookupError, SafetensorError) as e:
         reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
         raise UserError(f"{folder}: does not load on {model.config.name_or_path}: {reason}") from None

@@ -9,7 +9,7 @@
 
 Environment: BASE_MODEL; SFT_DIR, KD_DIR, DPO_DIR; TASK (data/creditmix_task.json); HOST, PORT; API_KEY (then /infer and
 /admin ask for the header X-API-Key); DEADLINE (30 seconds a request); MAX_QUEUE (512 rows); MAX_VRAM_GB (the
-GPU's); OFFLOAD_FOLDER (where layers of a base without adapters may wait that fit neither the GPU nor RAM).
+GPU's); OFFLOAD_FOLDER (where layers wait that fit neither the GPU, in 4 bits, nor RAM).
 
 This process speaks HTTP and bounds the queue; another one owns the models and answers the rows of all four in one
 forward pass (distill/engine.py). Nothing is kept on disk.

@@ -36,6 +36,32 @@ def room():
     return free
 
 
+def device_key():
+    """The key of this process's device in `room()`."""
+    place = device()
+    return place if place == "cpu" else place.index
+
+
+def weight_bytes(config, precision):
+    """Bytes of a model's weights in "nf4", "bf16" or "fp32", from its config alone: linear layers count in 4 bits.
+
+    In NF4 with double quantisation a weight takes half a byte, plus one byte per 64 weights and 4 bytes per 256 of
+    those. Embeddings, norms and lm_head stay in 16 bits.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    wide = 4 if precision == "fp32" else 2
+    total = wide * sum(p.numel() for p in model.parameters())  # tied weights count once
+    if precision == "nf4":
+        head = model.get_output_embeddings()
+        layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+        total += sum((0.5 + 1 / 64 + 4 / (64 * 256) - wide) * m.weight.numel() for m in layers)
+    return int(total)
+
+
 def choose_precision(config, precision="auto"):
     """(precision, why): "nf4" where 16 bits would not leave room on a small card, "bf16" on a GPU, "fp32" on a CPU."""
     if precision != "auto":

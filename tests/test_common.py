@@ -17,6 +17,7 @@ from common import (
     fit_calibration,
     holdout,
     label_trie,
+    load_base,
     load_model,
     log_loss,
     prompt_ids,
@@ -24,6 +25,7 @@ from common import (
     unit_hash,
 )
 from distill.files import UserError, atomic_write, read_rows
+from distill.hardware import weight_bytes
 
 SIX = ("Good", "Good enough", "Standard", "Bad", "Very bad indeed", "Very good")  # several tokens, one a beginning
 
@@ -283,17 +285,53 @@ def test_a_model_folder_with_a_broken_config(tiny, tmp_path, field, value):
 
 
 def test_layers_that_do_not_fit_wait_elsewhere_and_score_the_same(tiny, tiny_adapter, task, tmp_path, monkeypatch):
-    prompts = [task.prompt(text) for text in task.null_inputs]
-    plain = LabelScorer(*load_model(tiny), task.labels, prompts).score(prompts)
+    prompts, adapter = [task.prompt(text) for text in task.null_inputs], tiny_adapter("sft")
+    plain = [LabelScorer(*load_model(name), task.labels, prompts).score(prompts) for name in (tiny, adapter)]
     monkeypatch.setenv("OFFLOAD_FOLDER", str(tmp_path))
     monkeypatch.setattr("common.room", lambda: {"cpu": 12_800_000})  # the embeddings, and no layer
-    model, tokenizer = load_model(tiny)
-    assert {"cpu", "disk"} <= set(model.hf_device_map.values())
-    assert np.allclose(LabelScorer(model, tokenizer, task.labels, prompts).score(prompts), plain, atol=1e-5)
-    with pytest.raises(UserError, match="OFFLOAD_FOLDER: an adapter needs all layers on the GPU"):
-        load_model(tiny_adapter("sft"))
-    with pytest.raises(UserError, match="OFFLOAD_FOLDER: bitsandbytes keeps 4-bit layers on the GPU"):
-        load_model(tiny, "nf4")
+    for name, expected in zip((tiny, adapter), plain, strict=True):
+        model, tokenizer = load_model(name)
+        assert any(p.is_meta for p in model.parameters())  # its layers wait on the disk
+        assert np.allclose(LabelScorer(model, tokenizer, task.labels, prompts).score(prompts), expected, atol=1e-5)
+
+
+def test_several_adapters_on_a_base_with_layers_elsewhere(tiny, tiny_adapter, task, tmp_path, monkeypatch):
+    names, prompts = ["sft", "kd"], task.null_prompts()
+    plain = [LabelScorer(*load_model(tiny_adapter(name)), task.labels).score(prompts) for name in names]
+    monkeypatch.setattr("common.room", lambda: {"cpu": 12_800_000})
+    model, tokenizer = load_base(tiny, offload_folder=str(tmp_path))
+    for name in names:
+        model = add_adapter(model, tiny_adapter(name), name)
+    scorer = LabelScorer(model, tokenizer, task.labels, prompts)
+    found = scorer.score(prompts * 2, [name for name in names for _ in prompts])
+    assert np.allclose(found, np.concatenate(plain), atol=1e-5)
+
+
+def test_4_bits_that_fit_stay_4_bits_and_the_folder_goes_unused(tiny, tiny_adapter, tmp_path, monkeypatch, capsys):
+    from transformers import AutoConfig
+
+    needed = weight_bytes(AutoConfig.from_pretrained(tiny), "nf4")
+    monkeypatch.setattr("common.choose_precision", lambda config, asked: ("nf4", "a large model"))
+    monkeypatch.setattr("common.room", lambda: {"cpu": needed})
+    model, _ = load_base(tiny, offload_folder=str(tmp_path))
+    assert model.precision == "nf4" and not any(p.is_meta for p in model.parameters())
+    add_adapter(model, tiny_adapter("sft"))
+    assert capsys.readouterr().err.count("fit: OFFLOAD_FOLDER is not used") == 1 and not list(tmp_path.iterdir())
+    monkeypatch.setattr("common.room", lambda: {"cpu": needed - 1})
+    assert load_base(tiny, offload_folder=str(tmp_path))[0].precision == "bf16"
+    with pytest.raises(UserError, match="OFFLOAD_FOLDER takes no 4-bit layers; expected --precision bf16"):
+        load_base(tiny, "nf4", offload_folder=str(tmp_path))
+
+
+@pytest.mark.parametrize("precision", ["nf4", "bf16", "fp32"])
+def test_the_weights_bytes_are_those_of_the_loaded_model(tiny, precision):
+    from transformers import AutoConfig
+
+    model, _ = load_base(tiny, precision)
+    states = [p.quant_state for p in model.parameters() if hasattr(p, "quant_state")]
+    held = sum(p.numel() * p.element_size() for p in model.parameters())
+    held += sum(s.absmax.numel() * s.absmax.element_size() + 4 * s.state2.absmax.numel() for s in states)
+    assert weight_bytes(AutoConfig.from_pretrained(tiny), precision) == pytest.approx(held, rel=0.01)
 
 
 @pytest.mark.parametrize(("field", "value"), [("peft_type", "NOPE"), ("r", "x"), ("r", 3)])

@@ -232,14 +232,6 @@ def test_an_unknown_student(run, tiny, data, tmp_path):
     assert not list(tmp_path.glob("*/adapter_*"))
 
 
-def test_layers_that_come_and_go_are_not_trained_through(run, tiny, data, tmp_path):
-    done = run("sft_train.py", *options(tiny, data, "sft", tmp_path / "run"), env={"OFFLOAD_FOLDER": str(tmp_path)})
-    assert done.returncode == 2, done.stderr[-2000:]
-    assert "error: OFFLOAD_FOLDER: layers that come and go cannot be trained through; expected it unset" in (
-        done.stderr
-    )
-
-
 def test_a_full_disk_leaves_nothing_half_written(tiny, data, tmp_path):
     def small_files():  # a file over 40 kB fails as it would on a full disk
         import resource
