@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common import load_model, row_hash
-from distill.files import UserError, cli, positive, read_json, read_rows, read_text, write_jsonl
+from distill.files import ResumableJsonl, UserError, cli, positive, read_json, read_rows, read_text, write_jsonl
 from distill.model.hub import adapter_sha256
 from distill.tasks.idp_decode import Constraint, Vocabulary
 from distill.tasks.idp_documents import check_document, extract
@@ -64,20 +64,18 @@ def write_results(model, tokenizer, documents, schema, constraint, args):
     Error: UserError behind the last document where one or more have an "error" in place of an "output": that is final,
     a run that goes on does not try them again.
     """
-    part = args.output.with_name(args.output.name + ".part")
+    part = ResumableJsonl(args.output.with_name(args.output.name + ".part"))
     keys = result_keys(args, schema, documents)
-    done = read_rows(part, {"key": str, "line": int}) if part.is_file() and part.stat().st_size else []
-    if [r["key"] for r in done] != keys[: len(done)]:
-        done = []  # of another model, schema or input
+    done = part.rows
+    if [r.get("key") for r in done] != keys[: len(done)]:
+        part.truncate(0)  # of another model, schema or input
     for at in tqdm(range(len(done), len(documents), args.batch_size), desc="documents", unit="batch"):
         batch = documents[at : at + args.batch_size]
         values = extract(model, tokenizer, batch, schema, constraint, args.max_new_tokens, args.batch_size, at + 1)
-        for i, v in enumerate(values, at):
-            found = {"error": str(v)} if isinstance(v, UserError) else {"output": v}
-            done.append({"line": i + 1, "key": keys[i], **found})
-        write_jsonl(part, done)
+        found = [{"error": str(v)} if isinstance(v, UserError) else {"output": v} for v in values]
+        part.append(*({"line": i + 1, "key": keys[i], **row} for i, row in enumerate(found, at)))
     write_jsonl(args.output, [{k: v for k, v in r.items() if k != "key"} for r in done])
-    part.unlink(missing_ok=True)
+    part.path.unlink(missing_ok=True)
     failed = [r for r in done if "error" in r]
     if failed:
         raise UserError(

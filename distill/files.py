@@ -104,6 +104,53 @@ def write_jsonl(path, rows):
         f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
 
 
+class ResumableJsonl:
+    """Rows that a stopped run continues from: a JSONL file that grows by appending.
+
+    rows: the rows of the file (dicts), in order. A kill can tear the last line only; opening the file cuts it off.
+    """
+
+    def __init__(self, path: str | Path, header: dict | None = None):
+        """Open `path`, or begin it.
+
+        header: what the rows depend on, as plain JSON values; it is the first line of the file. Without one the caller
+        checks the rows itself.
+        Errors: UserError when the file begins with another header, or names a line that is no JSON object.
+        """
+        self.path, self.header, self.rows = Path(path), header, []
+        data = self.path.read_bytes() if self.path.is_file() else b""
+        *lines, torn = data.split(b"\n")
+        if torn:
+            os.truncate(self.path, len(data) - len(torn))
+        for i, line in enumerate(lines, 1):
+            self.rows.append(parse_json(line.decode("utf-8", "replace"), self.path, i))
+            if not isinstance(self.rows[-1], dict):
+                raise UserError(f"{self.path}:{i}: expected an object, got {type(self.rows[-1]).__name__}")
+        if header is not None and self.rows:
+            found = self.rows.pop(0)
+            other = [name for name in found | header if found.get(name) != header.get(name)]
+            if other:
+                raise UserError(
+                    f"{self.path}: begun with other settings or inputs ({', '.join(other)}); expected the same, or "
+                    "another place to write"
+                )
+        elif header is not None:
+            self.truncate(0)
+
+    def append(self, *rows: dict):
+        """Add rows to the file, in one write."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        with open(self.path, "ab") as f:
+            f.write(lines)
+        self.rows += rows
+
+    def truncate(self, n: int):
+        """Keep the first n rows."""
+        del self.rows[n:]
+        write_jsonl(self.path, self.rows if self.header is None else [self.header, *self.rows])
+
+
 def read_text(path):
     """Text of a UTF-8 file; UserError when it is missing, empty or not text."""
     path = Path(path)

@@ -18,7 +18,7 @@ import infer_codegen
 from common import row_hash
 from distill.files import ROOT, UserError
 from distill.tasks.codegen_reply import Screen, extract_code
-from distill.tasks.codegen_samples import read_samples
+from distill.tasks.codegen_samples import open_samples
 from distill.tasks.codegen_sandbox import run_sandboxed
 from distill.tasks.codegen_tasks import code_prompt, humaneval, parse_tests, program, read_tasks
 from eval_codegen import bootstrap, do_nothing, pass_at_k
@@ -197,9 +197,9 @@ def test_a_stopped_file_keeps_only_whole_batches(tmp_path):
     path = tmp_path / "s.jsonl"
     rows = [{"index": i} for i in range(5)]
     path.write_text("".join(json.dumps(x) + "\n" for x in [head, *rows]) + '{"index": 5, "co')
-    assert read_samples(path, head, 2, 8) == rows[:4]
-    assert read_samples(path, head, 2, 5) == rows  # complete, its last batch is a short one
-    assert read_samples(tmp_path / "none", head, 2, 8) == []
+    assert open_samples(path, head, 2, 5).rows == rows  # complete, its last batch is a short one
+    assert open_samples(path, head, 2, 8).rows == rows[:4] == lines(path)[1:]
+    assert open_samples(tmp_path / "none", head, 2, 8).rows == []
 
 
 def test_eval_refuses_problems_that_were_trained_on(here, tiny_adapter, jsonl, tmp_path):

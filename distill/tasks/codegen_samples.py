@@ -4,7 +4,7 @@ import json
 import time
 
 from common import SEED, prompt_ids
-from distill.files import UserError, between, sha256, write_jsonl
+from distill.files import ResumableJsonl, UserError, between, sha256
 from distill.model.hub import adapter_sha256
 from distill.tasks.codegen_reply import extract_code
 from distill.tasks.codegen_tasks import code_prompt, plan_prompt
@@ -94,32 +94,25 @@ def sample_to_file(model, tokenizer, name, prompts, path, args, desc):
     most = room(model, args.max_new_tokens)
     fit = sorted((i for i in range(len(prompts)) if lengths[i] <= most), key=lambda i: -lengths[i])  # longest first
     jobs = [(i, k) for i in fit for k in range(args.n)]
-    rows = read_samples(path, head, args.batch_size, len(jobs))
-    write_jsonl(path, [head, *rows])
-    with open(path, "a", encoding="utf-8") as f, tqdm(total=len(jobs), initial=len(rows), desc=desc) as bar:
-        for start in range(len(rows), len(jobs), args.batch_size):
+    done = open_samples(path, head, args.batch_size, len(jobs))
+    with tqdm(total=len(jobs), initial=len(done.rows), desc=desc) as bar:
+        for start in range(len(done.rows), len(jobs), args.batch_size):
             batch = jobs[start : start + args.batch_size]
             torch.manual_seed(args.seed + start)
             new = sample(model, tokenizer, [prompts[i] for i, _ in batch], args)
-            new = [{"index": i, "sample": k, **row} for (i, k), row in zip(batch, new, strict=True)]
-            f.write("".join(json.dumps(row) + "\n" for row in new))
-            f.flush()
-            rows += new
+            done.append(*({"index": i, "sample": k, **row} for (i, k), row in zip(batch, new, strict=True)))
             bar.update(len(batch))
     long = [i for i in range(len(prompts)) if lengths[i] > most]
-    rows += [{"index": i, "sample": k, "error": "prompt over the context"} for i in long for k in range(args.n)]
-    return sorted(rows, key=lambda row: (row["index"], row["sample"]))
+    over = [{"index": i, "sample": k, "error": "prompt over the context"} for i in long for k in range(args.n)]
+    return sorted(done.rows + over, key=lambda row: (row["index"], row["sample"]))
 
 
-def read_samples(path, head, batch_size, total):
-    """The whole batches that an earlier run left in `path`."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []  # the last may be half a line
-    if not lines:
-        return []
-    if json.loads(lines[0]) != head:
-        raise UserError(f"{path}: begun with other settings or prompts; expected the same, or another place to write")
-    rows = [json.loads(line) for line in lines[1:]]
-    return rows if len(rows) == total else rows[: len(rows) // batch_size * batch_size]
+def open_samples(path, head, batch_size, total):
+    """The file of samples, cut to the whole batches that an earlier run left in it."""
+    samples = ResumableJsonl(path, head)
+    if len(samples.rows) < total:
+        samples.truncate(len(samples.rows) // batch_size * batch_size)
+    return samples
 
 
 def check_sampling(args):

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from common import Calibration, LabelScorer, Task, label_classes, load_model, prompt_ids
-from distill.files import UserError, check_row, parse_json, sha256
+from distill.files import ResumableJsonl, UserError, sha256
 from distill.model.hub import adapter_base, base_config
 from distill.train.teacher_endpoint import Endpoint, ask_endpoint
 
@@ -184,18 +184,25 @@ def answered(
     fits = [r for r, n in zip(rows, lengths, strict=True) if n < max_len]
     dropped = {f"longer than {max_len} tokens": len(rows) - len(fits)}
     name = sha256(json.dumps([teacher.identity(), max_tokens]))[:16]
-    answers = Answers(cache_folder(data) / f"answers-{name}.jsonl")
-    todo = list(dict.fromkeys(r["input"] for r in fits if r["input"] not in answers.of))
+    answers = ResumableJsonl(cache_folder(data) / f"answers-{name}.jsonl")
+    known = {answer["prompt"] for answer in answers.rows}
+    todo = list(dict.fromkeys(r["input"] for r in fits if r["input"] not in known))
     print(f"{teacher.name}: {len(fits)} rows need an answer, {len(todo)} of them are not in {answers.path}")
+
+    def keep(prompt: str, text: str, whole: bool) -> None:
+        text = text.encode("utf-8", "replace").decode()  # half a character (a lone surrogate) is no text
+        answers.append({"prompt": prompt, "text": text, "whole": whole})
+
     if todo:
         require_single_process(teacher)
         if teacher.endpoint:
-            ask_endpoint(teacher.endpoint, todo, max_tokens, answers.keep)
+            ask_endpoint(teacher.endpoint, todo, max_tokens, keep)
         else:
-            generate(teacher, todo, max_tokens, answers.keep)
+            generate(teacher, todo, max_tokens, keep)
+    answer_to = {answer["prompt"]: (answer["text"], answer["whole"]) for answer in answers.rows}
     useless = []
     for row in fits:
-        text, whole = answers.of[row["input"]]
+        text, whole = answer_to[row["input"]]
         if task:
             row["teacher_output"] = label_of(text, task.labels)
         elif whole and text.strip():  # a text that was cut would teach the student to stop in mid-sentence
@@ -223,30 +230,6 @@ def label_of(text: str, labels: tuple[str, ...]) -> str | None:
         if len(found) == 1:
             return found[0]
     return None
-
-
-class Answers:
-    """A teacher's answers by prompt, a line of JSON each, written as it comes. of: {prompt: (text, whole or cut)}."""
-
-    def __init__(self, path):
-        self.path, self.of = path, {}
-        if not path.is_file():
-            return
-        lines = path.read_bytes().split(b"\n")
-        if lines.pop():  # a killed run's last line
-            os.truncate(path, sum(len(line) + 1 for line in lines))
-        for i, line in enumerate(lines, 1):
-            row = parse_json(line.decode("utf-8", "replace"), path, i)
-            check_row(f"{path}:{i}", row, {"prompt": str}, {"text": str, "whole": bool})
-            self.of[row["prompt"]] = row.get("text") or "", bool(row.get("whole"))
-
-    def keep(self, prompt, text, whole):
-        text = text.encode("utf-8", "replace").decode()  # half a character (a lone surrogate) is no text
-        line = json.dumps({"prompt": prompt, "text": text, "whole": whole}, ensure_ascii=False)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "ab", buffering=0) as f:  # one write a line: a kill tears the last one at most
-            f.write(line.encode() + b"\n")
-        self.of[prompt] = text, whole
 
 
 def generate(teacher: Teacher, prompts: list[str], max_tokens: int, keep: Callable[[str, str, bool], None]) -> None:

@@ -1,0 +1,61 @@
+"""Files: the resumable JSONL."""
+
+import json
+
+import pytest
+
+from distill.files import ResumableJsonl, UserError
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("header", [None, {"model": "m", "n": 2}])
+def test_rows_are_there_again_and_more_are_appended(tmp_path, header):
+    path, head = tmp_path / "new" / "x.jsonl", [header] if header else []
+    ResumableJsonl(path, header).append({"a": 1}, {"a": "ü\n"})
+    again = ResumableJsonl(path, header)
+    assert again.rows == [{"a": 1}, {"a": "ü\n"}]
+    again.append({"a": 3})
+    assert lines(path) == [*head, {"a": 1}, {"a": "ü\n"}, {"a": 3}] and again.rows == lines(path)[len(head) :]
+    again.truncate(1)
+    assert lines(path) == [*head, {"a": 1}] and ResumableJsonl(path, header).rows == [{"a": 1}]
+
+
+@pytest.mark.parametrize("torn", [b'{"a": 2', b'{"a": 2}', '{"a": "ü'.encode()[:-1]])
+def test_a_torn_last_line_is_cut_off(tmp_path, torn):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"a": 1}\n' + torn)
+    cache = ResumableJsonl(path)
+    assert cache.rows == [{"a": 1}]
+    cache.append({"a": 3})
+    assert lines(path) == [{"a": 1}, {"a": 3}]
+
+
+def test_a_torn_header_is_written_anew(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"mod')
+    ResumableJsonl(path, {"model": "m"})
+    assert lines(path) == [{"model": "m"}]
+
+
+def test_another_header_is_refused_and_the_file_kept(tmp_path):
+    path = tmp_path / "x.jsonl"
+    ResumableJsonl(path, {"model": "m", "seed": 1, "n": 2}).append({"a": 1})
+    before = path.read_bytes()
+    with pytest.raises(
+        UserError, match=r"x\.jsonl: begun with other settings or inputs \(seed, k\); expected the same"
+    ):
+        ResumableJsonl(path, {"model": "m", "seed": 7, "n": 2, "k": 3})
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("line", "message"), [("nonsense", ":2: not JSON"), ("[1]", ":2: expected an object, got list")]
+)
+def test_a_damaged_line_is_named(tmp_path, line, message):
+    path = tmp_path / "x.jsonl"
+    path.write_text(f'{{"a": 1}}\n{line}\n{{"a": 3}}\n')
+    with pytest.raises(UserError, match=message):
+        ResumableJsonl(path)
