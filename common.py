@@ -83,12 +83,6 @@ class Task:
         return [self.prompt(text) for text in self.null_inputs]
 
 
-def task_file(args):
-    """Path of the label task of training rows, there or not: --task, else NAME_task.json beside NAME_sft.jsonl."""
-    beside = Path(args.data).with_name(Path(args.data).stem.rsplit("_", 1)[0] + "_task.json")
-    return getattr(args, "task", None) or beside
-
-
 def label_classes(path, rows, field, task, unknown=()):
     """Class numbers [N] of rows[field] in the task's order, -1 where it is one of the values `unknown`.
 

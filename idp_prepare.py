@@ -2,8 +2,9 @@
 
     python idp_prepare.py --src data/idp_corpus.jsonl --schema data/idp_schema.json --outdir data
 
-From few documents --copies 6 makes more: the same ones with values of others. The corpus that comes with the
-repository is generated, the same for the same seed (a second on a CPU):
+From few documents --copies 6 makes more: the same ones with values of others. A copy has the hash of its original in
+"copy_of", and an evaluation refuses a model that was trained on a copy of one of its documents. The corpus that comes
+with the repository is generated, the same for the same seed (a second on a CPU):
 
     python idp_prepare.py --synthesize 600 --src data/idp_corpus.jsonl --schema data/idp_schema.json --outdir data
 
@@ -17,19 +18,13 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from common import SEED, dev_split, group_hash, holdout
+from common import SEED, dev_split, group_hash, holdout, row_hash
 from distill.files import UserError, between, cli, read_json, read_rows, write_jsonl
-from distill.tasks.idp_corpus import exchanged, read_corpus, rejected_answer, shown_values
+from distill.tasks.augment import swap_document_values
+from distill.tasks.idp_corpus import read_corpus, rejected_answer
 from distill.tasks.idp_documents import idp_prompt
 from distill.tasks.idp_schema import check_schema, compact, in_schema_order, validator
 from distill.tasks.idp_synthetic import synthesize
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Generated invoices and receipts
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rows
 
 
 def main(args):
@@ -50,23 +45,24 @@ def main(args):
         raise UserError(f"{args.src}: all {len(rows)} rows are held out; expected more groups or a smaller --val_frac")
     train = [{**row, "group": group_hash(row["group"])} for row in train]
     own, _ = dev_split(train, args.seed)  # the trainers' development rows stay as they are and lend no value
-    pool = shown_values(own)
-    copies = [exchanged(row, pool, rng) for _ in range(args.copies) for row in own]
+    own = [{**row, "copy_of": row_hash(idp_prompt(schema, row["document"]))} for row in own]
+    copies = swap_document_values(own, copies=args.copies, rng=rng)
     # a teacher answered the documents as they were
     copies = [{**row, "teacher": None if args.teacher else row["gold"]} for row in copies]
     sft, kd, dpo, made = [], [], [], Counter()
     for row in train + copies:
-        prompt, group = idp_prompt(schema, row["document"]), row["group"]
+        prompt = idp_prompt(schema, row["document"])
+        source = {"group": row["group"]} | ({"copy_of": row["copy_of"]} if "copy_of" in row else {})
         gold = compact(in_schema_order(row["gold"], schema))
-        sft.append({"input": prompt, "output": gold, "group": group})
+        sft.append({"input": prompt, "output": gold, **source})
         if row["teacher"] is not None:
             teacher = compact(in_schema_order(row["teacher"], schema))
-            kd.append({"input": prompt, "teacher_output": teacher, "group": group})
+            kd.append({"input": prompt, "teacher_output": teacher, **source})
         wrong = rejected_answer(row, judge, rng)
         made[wrong[0] if wrong else "none possible: no DPO row"] += 1
         if wrong:
             rejected = compact(in_schema_order(wrong[1], schema))
-            dpo.append({"prompt": prompt, "chosen": gold, "rejected": rejected, "group": group})
+            dpo.append({"prompt": prompt, "chosen": gold, "rejected": rejected, **source})
     for name, out in (("sft", sft), ("kd", kd), ("dpo", dpo)):
         write_jsonl(args.outdir / f"idp_{name}.jsonl", out)
         print(f"{args.outdir}/idp_{name}.jsonl: {len(out)} rows")
@@ -88,7 +84,7 @@ if __name__ == "__main__":
         "--copies",
         type=between(int, 0, 1000),
         default=0,
-        help="of each training document, with values of other documents in it and its gold (default 0)",
+        help="copies of each training document, with values of other documents in text and gold (default 0)",
     )
     p.add_argument("--group_field", default="company", help="the gold's field that names the group (default company)")
     p.add_argument("--val_frac", type=float, default=0.33, help="share of the groups held out (default 0.33)")

@@ -11,98 +11,151 @@ every token of the answers, given or its own: the top-k log-probs are kept on di
 """
 
 import argparse
+from pathlib import Path
 
-from common import label_classes, label_trie
+from common import Task, label_classes, label_trie
 from distill.files import UserError, between, cli, positive
 from distill.model.hub import base_config
 from distill.train.arguments import add_arguments, training_arguments
-from distill.train.data import dataset, describe, encode, read_training_rows, split_for
+from distill.train.data import dataset, describe, encode, find_task_file, read_training_rows, split_rows
+from distill.train.memory import plan_micro_batch
 from distill.train.run import run_training
-from distill.train.run_folder import may_start, start_run
-from distill.train.student import load_student, lora
+from distill.train.run_folder import check_run, start_run
+from distill.train.student import load_student, with_lora
 from distill.train.teacher_endpoint import Endpoint
 from distill.train.teacher_topk import TopK
 from distill.train.teachers import Teacher, cache_folder, check_teacher, learns_token_distribution, teach
-from distill.train.trainer import trainer_class
 
 
 def main(args):
-    rows, task = read_kd_rows(args)
+    # The rows, and the teacher that answers those without teacher_output.
+    task_path = find_task_file(args.data, args.task)
+    rows, task = read_kd_rows(args.data, task_path, has_teacher=bool(args.teacher))
     teacher = None
     if args.teacher:
         at_endpoint = "://" in args.teacher
         endpoint = Endpoint(args.teacher, args.teacher_model, args.teacher_timeout) if at_endpoint else None
         teacher = Teacher(args.teacher, args.precision, endpoint)
         check_teacher(teacher, args.student, task)
-    same = may_start(args, "kd")
-    student = base_config(args.student)
-    tokenizer = student[2]
+    run = check_run(
+        "kd",
+        args.save_dir,
+        student=args.student,
+        data=args.data,
+        settings=vars(args),
+        resume=args.resume_from_checkpoint,
+        inputs={"task": task_path, "teacher": args.teacher},
+    )
+    base = base_config(args.student)
+    _, config, tokenizer = base
     untaught = {}
     if teacher:
         rows, untaught = teach(teacher, rows, task, tokenizer, data=args.data, max_len=args.max_len, seed=args.seed)
         if task:
             add_distributions(teacher.name, rows, task)
-    train, dev = split_for(args, rows)
+
+    # Token ids, by the prompt builder that inference uses. Development rows choose the checkpoint.
+    max_train = args.max_steps and args.max_steps * args.batch_size
+    train, dev = split_rows(args.data, rows, args.seed, max_dev=args.dev_rows, max_train=max_train)
     train, dropped = encode(tokenizer, train, args.max_len, "input", "teacher_output")
     dev, dropped_dev = encode(tokenizer, dev, args.max_len, "input", "teacher_output")
-    told = describe(tokenizer, train, dropped, dropped_dev) | {"rows_untaught": untaught, "teacher": args.teacher}
+    dev = [{**row, "answer": row.get("output") or row["teacher_output"]} for row in dev]  # the true one, if known
+    record = describe(tokenizer, train, dropped, dropped_dev) | {"rows_untaught": untaught, "teacher": args.teacher}
     top_k = None
     if learns_token_distribution(teacher, task):
         top_k = TopK(teacher, args.student, tokenizer, train + dev, args.top_k, cache_folder(args.data))
-    record = start_run(args, "kd", same)
-    model, tokenizer = load_student(args, train, student)
+        record["teacher_tokens"] = top_k.record
 
+    # The student; the teacher has left the memory. start_run is the first to write into the folder.
+    start_run(run)
+    micro_batch = plan_micro_batch(
+        train,
+        args.student,
+        config,
+        args.precision,
+        batch_size=args.batch_size,
+        micro_batch=args.micro_batch,
+        lora_r=args.lora_r,
+        max_vram_gb=args.max_vram_gb,
+    )
+    model, tokenizer = load_student(args.student, args.precision, base)
+
+    # TRL's trainer, with what StudentTrainer adds and one of three losses. These imports take seconds.
     from trl import SFTConfig, SFTTrainer
 
-    kind, options = trainer_class(SFTTrainer, task, dev), training_arguments(args, model, train, dev, task)
-    loss, columns = "sequence", ["input_ids", "labels"]
+    from distill.train.trainer import StudentTrainer
+
+    class SequenceTrainer(StudentTrainer, SFTTrainer):
+        pass
+
     if task and any(r.get("teacher_probs") for r in rows):
         loss, columns = "label distribution", ["prompt_ids", "teacher", "gold"]
-        kind = distribution_trainer(kind, label_trie(tokenizer, task.labels), args)
+        trainer_class = label_trainer_class(label_trie(tokenizer, task.labels), args.temperature, args.alpha)
     elif top_k:
         loss, columns = "token distribution", ["input_ids", "labels", "row"]
-        told["teacher_tokens"] = top_k.record
-        kind = token_trainer(kind, top_k, args)
+        trainer_class = token_trainer_class(top_k, args.temperature, args.alpha)
+    else:
+        loss, columns, trainer_class = "sequence", ["input_ids", "labels"], SequenceTrainer
     if loss != "sequence":
         print(f"loss: {loss}, temperature {args.temperature}, share of the given label or token {args.alpha}")
-        options |= {"remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
     elif args.alpha or args.temperature != 1:
         print("loss: the teacher's text; --alpha and --temperature are for its probabilities and change nothing")
-    trainer = kind(
-        model=lora(model, args),
-        args=SFTConfig(**options, max_length=None, shuffle_dataset=False),
+    config = SFTConfig(
+        **training_arguments(
+            args.save_dir,
+            rows=len(train),
+            epochs=args.epochs,
+            max_steps=args.max_steps,
+            batch_size=args.batch_size,
+            micro_batch=micro_batch,
+            learning_rate=args.lr,
+            eval_steps=args.eval_steps,
+            evaluate=bool(dev),
+            best_metric="eval_label_log_loss" if task else "eval_loss",  # what inference ranks by
+            precision=model.precision,
+            seed=args.seed,
+        ),
+        remove_unused_columns=loss == "sequence",
+        dataset_kwargs={"skip_prepare_dataset": loss != "sequence"},
+        max_length=None,  # encode() has dropped what is too long
+        shuffle_dataset=False,  # the sampler shuffles
+    )
+    trainer = trainer_class(
+        model=with_lora(model, args.student, args.lora_r, args.seed),
+        args=config,
         train_dataset=dataset(train, *columns),
         eval_dataset=dataset(dev, *columns),
         processing_class=tokenizer,
+        train_rows=train,
+        dev_rows=dev,
+        task=task,
     )
-    run_training(trainer, args, task, dev, {**record, **told, "loss": loss}, [r["input"] for r in train])
+    run_training(trainer, run, {**record, "loss": loss})
 
 
-def read_kd_rows(args):
-    """(rows, task or None) of args.data, checked: each has its answer, or there is a teacher that can give it."""
+def read_kd_rows(path: Path, task_path: Path | None, *, has_teacher: bool) -> tuple[list[dict], Task | None]:
+    """(rows, task or None); each row has its answer, unless there is a teacher to give it. Errors: UserError."""
     optional = {"teacher_output": str, "teacher_probs": dict, "output": str}
-    rows, task = read_training_rows(args, {"input": str}, "teacher_output", optional)
+    rows, task = read_training_rows(path, {"input": str}, "teacher_output", task_path, optional)
     if task is None and any(r.get("teacher_probs") for r in rows):
-        raise UserError(f"{args.data}: rows have teacher_probs but there is no task file; expected --task")
+        raise UserError(f"{path}: rows have teacher_probs but there is no task file; expected --task")
     untaught = [i for i, r in enumerate(rows, 1) if not r.get("teacher_output")]
-    if untaught and not args.teacher:
-        raise UserError(
-            f"{args.data}: row {untaught[0]}: field 'teacher_output' is missing; expected one, or --teacher"
-        )
+    if untaught and not has_teacher:
+        raise UserError(f"{path}: row {untaught[0]}: field 'teacher_output' is missing; expected one, or --teacher")
     if task:
-        label_classes(args.data, rows, "output", task, unknown=(None,))
-        add_distributions(args.data, rows, task)
+        label_classes(path, rows, "output", task, unknown=(None,))
+        add_distributions(path, rows, task)
     return rows, task
 
 
-def add_distributions(path, rows, task):
+def add_distributions(path: Path | str, rows: list[dict], task: Task) -> None:
     """Set row["teacher"], probabilities in the task's order, and row["gold"], a class number or -1 where unknown.
 
     Raises UserError naming the row when its probabilities are invalid.
     """
     for i, row in enumerate(rows, 1):
         if "teacher" in row or not row.get("teacher_output"):
-            continue  # it has them, or a teacher has yet to give them
+            continue  # it has them, or the teacher still has to answer
         p = row.get("teacher_probs") or {row["teacher_output"]: 1.0}
         place = f"{path}: row {i}: field 'teacher_probs'"
         if set(p) - set(task.labels):
@@ -117,7 +170,7 @@ def add_distributions(path, rows, task):
 def distribution_loss(scores, teacher, gold, temperature, alpha):
     """(1 - alpha) t^2 KL(teacher^(1/t) || softmax(scores / t)) + alpha cross-entropy with gold (Hinton et al. 2015).
 
-    scores [N, L] label log-likelihoods, teacher [N, L] probabilities, gold [N] classes or -1, which has no share.
+    scores [N, L] label log-likelihoods, teacher [N, L] probabilities, gold [N] classes, or -1 for no cross-entropy.
     """
     import torch
     from torch.nn.functional import cross_entropy, kl_div
@@ -129,48 +182,48 @@ def distribution_loss(scores, teacher, gold, temperature, alpha):
     return ((1 - share) * distilled + share * cross_entropy(scores, gold.clamp(min=0), reduction="none")).mean()
 
 
-def distribution_trainer(trainer, trie, args):
-    """The trainer with the loss on label scores; prompts of a batch share their head, labels their prompt."""
+def label_trainer_class(trie, temperature: float, alpha: float):
+    """A trainer with the loss on label scores; the prompts of a batch share their prefix, the labels their prompt."""
     import torch
     from torch.utils.checkpoint import checkpoint
+    from trl import SFTTrainer
 
     from distill.model.fp32_logits import fp32_logits
     from distill.model.token_tree import additive, pack_prompts
+    from distill.train.trainer import StudentTrainer
 
-    class Distribution(trainer):
-        needs_trees = True
+    class LabelTrainer(StudentTrainer, SFTTrainer):
+        needs_tree_mask = True
 
-        def __init__(self, *a, **kw):
-            pad = kw["processing_class"].pad_token_id
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, data_collator=self.collate, **kwargs)
 
-            def collate(rows):
-                batch = pack_prompts([r["prompt_ids"] for r in rows], trie, pad)
-                batch["teacher"] = torch.tensor([r["teacher"] for r in rows])
-                batch["gold"] = torch.tensor([r["gold"] for r in rows])
-                return batch
-
-            super().__init__(*a, data_collator=collate, **kw)
+        def collate(self, rows):
+            batch = pack_prompts([r["prompt_ids"] for r in rows], trie, self.processing_class.pad_token_id)
+            batch["teacher"] = torch.tensor([r["teacher"] for r in rows])
+            batch["gold"] = torch.tensor([r["gold"] for r in rows])
+            return batch
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             teacher, gold, at = inputs.pop("teacher"), inputs.pop("gold"), inputs.pop("label_logits_at")
             inputs["attention_mask"] = additive(inputs["attention_mask"], self.model.dtype)
             with fp32_logits(self.model):
                 logits = model(**inputs, use_cache=False).logits.flatten(0, -2)[at]
-            # their log-softmax is made again on the way back, a part at a time: all at once is too large. The rows are
-            # picked in front of the parts: picked in each, its gradient would be as large as all logits
+            # The backward pass computes the log-softmax again, a part at a time: all at once is too large. Rows are
+            # selected before the split: selected in each part, their gradient would be as large as all logits.
             parts = [checkpoint(trie.scores, part, use_reentrant=False) for part in logits.split(32)]
-            return distribution_loss(torch.cat(parts), teacher, gold, args.temperature, args.alpha)
+            return distribution_loss(torch.cat(parts), teacher, gold, temperature, alpha)
 
-    return Distribution
+    return LabelTrainer
 
 
 def token_loss(logits, target, ids, teacher, temperature, alpha):
     """Sum over tokens of (1 - alpha) t^2 KL(teacher || student) + alpha cross-entropy with the text's own token.
 
     logits [T, V], target [T] the text's tokens, ids [T, k] the teacher's most likely ones, teacher [T, k + 1] their
-    log-probs and behind them that of all others together. Those others are one more class for the student too, and the
-    temperature softens the k + 1 classes. Renormalising over the k instead would leave unpunished whatever the student
-    gives to the others.
+    log-probs and, last, that of all other tokens together. Those others are one more class for the student too, and
+    the temperature softens the k + 1 classes. Renormalised over the k tokens instead, the loss would not see what the
+    student gives to the others.
     """
     import torch
     from torch.nn.functional import kl_div
@@ -205,54 +258,56 @@ def pack_tokens(rows, top_k, pad):
     return batch | {"target": target[order], "top_ids": top_ids[order], "top_logp": logp[order]}
 
 
-def token_trainer(trainer, top_k, args):
-    """The trainer with the loss on the teacher's top-k; logits only at trained tokens, common beginnings once."""
+def token_trainer_class(top_k: TopK, temperature: float, alpha: float):
+    """A trainer with the loss on the teacher's top-k; logits only at trained tokens, common prefixes once."""
     from torch.utils.checkpoint import checkpoint
+    from trl import SFTTrainer
 
     from distill.model.token_tree import additive
+    from distill.train.trainer import StudentTrainer
 
-    class Tokens(trainer):
-        needs_trees = True
+    class TokenTrainer(StudentTrainer, SFTTrainer):
+        needs_tree_mask = True
 
-        def __init__(self, *a, **kw):
-            pad = kw["processing_class"].pad_token_id
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, data_collator=self.collate, **kwargs)
 
-            def collate(rows):
-                batch = pack_tokens(rows, top_k, pad)
-                # under these names the Trainer counts the tokens of a step
-                return batch | {"labels": batch["target"], "shift_labels": batch["target"]}
-
-            super().__init__(*a, data_collator=collate, **kw)
+        def collate(self, rows):
+            batch = pack_tokens(rows, top_k, self.processing_class.pad_token_id)
+            # the Trainer counts the tokens of a step by these names
+            return batch | {"labels": batch["target"], "shift_labels": batch["target"]}
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            told = [inputs.pop(k) for k in ("labels", "shift_labels", "target", "top_ids", "top_logp")][2:]
+            targets = [inputs.pop(k) for k in ("labels", "shift_labels", "target", "top_ids", "top_logp")][2:]
             inputs["attention_mask"] = additive(inputs["attention_mask"], self.model.dtype)
             logits = model(**inputs, use_cache=False).logits.flatten(0, -2)
-            loss, at = 0, (args.temperature, args.alpha)
-            for part in zip(*(x.split(256) for x in (logits, *told)), strict=True):
-                # the 32-bit copies of a part are made again on the way back: all of them at once are too large
-                loss = loss + checkpoint(token_loss, *part, *at, use_reentrant=False)
+            loss = 0
+            for part in zip(*(x.split(256) for x in (logits, *targets)), strict=True):
+                # the backward pass makes the fp32 copies of a part again: all of them at once are too large
+                loss = loss + checkpoint(token_loss, *part, temperature, alpha, use_reentrant=False)
             if num_items_in_batch is None:
                 return loss / len(logits)
             ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             return loss * ranks / num_items_in_batch
 
-    return Tokens
+    return TokenTrainer
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, "data/creditmix_kd.jsonl", "runs/creditmix_kd", 2e-4)
+    add_arguments(parser, data="data/creditmix_kd.jsonl", save_dir="runs/creditmix_kd", lr=2e-4)
     parser.add_argument("--teacher", help="model, adapter, gradient-boosting or http://host/v1, see above")
     parser.add_argument("--teacher_model", help="the model's name at an http teacher; its key: OPENAI_API_KEY")
     parser.add_argument(
-        "--teacher_timeout", type=positive(float), default=120.0, help="seconds an answer (default: 120)"
+        "--teacher_timeout", type=positive(float), default=120.0, help="seconds per answer (default: 120)"
     )
     parser.add_argument(
         "--top_k", type=positive(int), default=32, help="teacher's tokens kept for free text (default: 32)"
     )
-    parser.add_argument("--temperature", type=between(float, 0.1, 100), default=1.0, help="softens both (default: 1)")
     parser.add_argument(
-        "--alpha", type=between(float, 0, 1), default=0.0, help="share of gold label or given token (default: 0)"
+        "--temperature", type=between(float, 0.1, 100), default=1.0, help="softens both distributions (default: 1)"
+    )
+    parser.add_argument(
+        "--alpha", type=between(float, 0, 1), default=0.0, help="weight of the gold label or given token (default: 0)"
     )
     cli(main, parser)

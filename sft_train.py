@@ -7,40 +7,100 @@ python sft_train.py --student smollm2-135m --data data/creditmix_sft.jsonl --sav
 import argparse
 
 from distill.files import cli
-from distill.tasks.augment import add_noise_argument, noisy_copies, prompts_of
-from distill.train.arguments import add_arguments, training_arguments
-from distill.train.data import dataset, describe, encode, read_training_rows, split_for
+from distill.model.hub import base_config
+from distill.tasks.augment import swap_label_rows
+from distill.train.arguments import add_arguments, add_swap_argument, passes_over, training_arguments
+from distill.train.data import dataset, describe, encode, find_task_file, read_training_rows, split_rows
+from distill.train.memory import plan_micro_batch
 from distill.train.run import run_training
-from distill.train.run_folder import start_run
-from distill.train.student import load_student, lora
-from distill.train.trainer import trainer_class
+from distill.train.run_folder import check_run, start_run
+from distill.train.student import load_student, with_lora
 
 
 def main(args):
-    rows, task = read_training_rows(args, {"input": str, "output": str}, answer="output")
-    train, dev = split_for(args, rows)
-    train, passes = noisy_copies(args, train, "input", "output", task)
-    record = start_run(args, "sft")
-    model, tokenizer = load_student(args, train)
+    # The rows, and the development rows that choose the checkpoint and fit the calibration.
+    task_path = find_task_file(args.data, args.task)
+    rows, task = read_training_rows(args.data, {"input": str, "output": str}, "output", task_path)
+    max_train = args.max_steps and args.max_steps * args.batch_size
+    train, dev = split_rows(args.data, rows, args.seed, max_dev=args.dev_rows, max_train=max_train)
+    passes = 1  # of the original rows in `train`
+    if args.swap_noise:
+        passes = passes_over(len(train), epochs=args.epochs, max_steps=args.max_steps, batch_size=args.batch_size)
+        train = swap_label_rows(
+            train, task, prompt="input", label="output", share=args.swap_noise, passes=passes, seed=args.seed
+        )
+    run = check_run(
+        "sft",
+        args.save_dir,
+        student=args.student,
+        data=args.data,
+        settings=vars(args),
+        resume=args.resume_from_checkpoint,
+        inputs={"task": task_path},
+    )
+
+    # Token ids, by the prompt builder that inference uses.
+    base = base_config(args.student)
+    _, config, tokenizer = base
     train, dropped = encode(tokenizer, train, args.max_len, "input", "output")
     dev, dropped_dev = encode(tokenizer, dev, args.max_len, "input", "output")
-    told = describe(tokenizer, train, dropped, dropped_dev)
+    record = describe(tokenizer, train, dropped, dropped_dev)
 
+    # The student. start_run is the first to write into the folder.
+    start_run(run)
+    micro_batch = plan_micro_batch(
+        train,
+        args.student,
+        config,
+        args.precision,
+        batch_size=args.batch_size,
+        micro_batch=args.micro_batch,
+        lora_r=args.lora_r,
+        max_vram_gb=args.max_vram_gb,
+    )
+    model, tokenizer = load_student(args.student, args.precision, base)
+
+    # TRL's trainer, with what StudentTrainer adds. These imports take seconds, so bad rows are reported before.
     from trl import SFTConfig, SFTTrainer
 
-    options = training_arguments(args, model, train, dev, task, passes)
-    trainer = trainer_class(SFTTrainer, task, dev)(
-        model=lora(model, args),
-        args=SFTConfig(**options, max_length=None, shuffle_dataset=False),
+    from distill.train.trainer import StudentTrainer
+
+    class Trainer(StudentTrainer, SFTTrainer):
+        pass
+
+    config = SFTConfig(
+        **training_arguments(
+            args.save_dir,
+            rows=len(train),
+            epochs=args.epochs / passes,
+            max_steps=args.max_steps,
+            batch_size=args.batch_size,
+            micro_batch=micro_batch,
+            learning_rate=args.lr,
+            eval_steps=args.eval_steps,
+            evaluate=bool(dev),
+            best_metric="eval_label_log_loss" if task else "eval_loss",  # what inference ranks by
+            precision=model.precision,
+            seed=args.seed,
+        ),
+        max_length=None,  # encode() has dropped what is too long
+        shuffle_dataset=False,  # the sampler shuffles
+    )
+    trainer = Trainer(
+        model=with_lora(model, args.student, args.lora_r, args.seed),
+        args=config,
         train_dataset=dataset(train, "input_ids", "labels"),
         eval_dataset=dataset(dev, "input_ids", "labels"),
         processing_class=tokenizer,
+        train_rows=train,
+        dev_rows=dev,
+        task=task,
     )
-    run_training(trainer, args, task, dev, {**record, **told}, prompts_of(train))
+    run_training(trainer, run, record)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, "data/creditmix_sft.jsonl", "runs/creditmix_sft", 2e-4)
-    add_noise_argument(parser)
+    add_arguments(parser, data="data/creditmix_sft.jsonl", save_dir="runs/creditmix_sft", lr=2e-4)
+    add_swap_argument(parser)
     cli(main, parser)

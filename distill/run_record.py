@@ -7,7 +7,10 @@ from distill.files import ROOT
 
 
 def run_record(args):
-    """What a run should leave behind to be repeated: command, resolved arguments, versions, commit, machine, time."""
+    """What a run should leave behind to be repeated: command, resolved arguments, versions, commit, machine, time.
+
+    args: the parsed flags, or a dict of their names and values.
+    """
     import platform
     import subprocess
     from datetime import UTC, datetime
@@ -16,10 +19,10 @@ def run_record(args):
     import torch
 
     git = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    cuda = torch.cuda.is_available()
+    cuda, flags = torch.cuda.is_available(), args if isinstance(args, dict) else vars(args)
     return {
         "command": " ".join(["python", *sys.argv]),
-        "args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "args": {k: str(v) if isinstance(v, Path) else v for k, v in flags.items()},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": git.stdout.strip() or None,
         "versions": {p: version(p) for p in ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")},

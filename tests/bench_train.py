@@ -31,7 +31,7 @@ from distill.hardware import device
 from distill.model import token_tree as trees
 from distill.train.memory import expected_memory
 from distill.train.student import lora_config
-from distill.train.trainer import trainer_class
+from distill.train.trainer import StudentTrainer
 
 GIB, EPOCHS = 2**30, 3
 CUDA = torch.cuda.is_available()
@@ -233,7 +233,7 @@ def measure(route, how, model, tokenizer, rows, n, accumulate, steps, group=20, 
         hook.remove()
     if own is not None:
         restore(own, model)
-    checkpointing = bool(trainer and trainer.args.gradient_checkpointing)
+    checkpointing = bool(trainer and trainer.args.activation_checkpointing)
     del trainer, own
     if error:
         return {"error": error, "reserved_gib": round(memory[0], 2)}
@@ -288,7 +288,7 @@ def make_trainer(route, how, model, tokenizer, rows, n, accumulate, steps, folde
         "learning_rate": 1e-4,
         "optim": "paged_adamw_32bit" if CUDA else "adamw_torch",
         "bf16": model.precision != "fp32",
-        "gradient_checkpointing": model.precision == "nf4" or how == "seed",
+        "activation_checkpointing": model.precision == "nf4" or how == "seed",
         "save_strategy": "no",
         "logging_steps": 1000,
         "report_to": "none",
@@ -297,30 +297,34 @@ def make_trainer(route, how, model, tokenizer, rows, n, accumulate, steps, folde
         "max_length": None,
     }
     columns = {k: [r[k] for r in rows] for k in rows[0]}
-    ours, wanted = how == "ours", argparse.Namespace(lora_r=16, student="random-3b", seed=0)
+    ours, own = how == "ours", {}
+    if ours:  # the memory forecast and the trainer read what each row trains on
+        own["train_rows"] = [{"texts": list(zip(*texts([row]), strict=True))} for row in rows]
+
+    class Sequence(StudentTrainer, SFTTrainer):
+        pass
+
+    class Pretokenized(DPOTrainer):
+        def _prepare_dataset(self, dataset, *_):
+            return dataset
+
     if route == "kd":
-        from kd_train import distribution_trainer
+        from kd_train import label_trainer_class
 
         options |= {"remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
-        loss = argparse.Namespace(temperature=1.0, alpha=0.0)
         trie = label_trie(tokenizer, Task.load(ROOT / "data" / "creditmix_task.json").labels)
-        kind = distribution_trainer(trainer_class(SFTTrainer, None, []), trie, loss)
+        kind = label_trainer_class(trie, temperature=1.0, alpha=0.0)
     elif route == "dpo":
+        from dpo_train import dpo_trainer_class
 
-        class Pretokenized(DPOTrainer):
-            def _prepare_dataset(self, dataset, *_):
-                return dataset
-
-        kind = trainer_class(Pretokenized, None, []) if ours else Pretokenized
+        kind = dpo_trainer_class() if ours else Pretokenized
         if ours:  # the reference is timed by itself
             columns |= {"ref_chosen_logps": [-3.0] * len(rows), "ref_rejected_logps": [-3.0] * len(rows)}
     else:
-        kind = trainer_class(SFTTrainer, None, []) if ours else SFTTrainer
+        kind = Sequence if ours else SFTTrainer
     config = DPOConfig(**options) if route == "dpo" else SFTConfig(**options, shuffle_dataset=False)
-    data = Dataset.from_dict(columns)
-    made = kind(
-        model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=lora_config(wanted, model)
-    )
+    data, adapter = Dataset.from_dict(columns), lora_config(model, "random-3b", 16)
+    made = kind(model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=adapter, **own)
     made.precompute_ref_logps = ours
     return made
 

@@ -114,7 +114,7 @@ def test_another_architecture_trains_and_says_what_it_does_without(run, folders,
     flags += ["--max_steps", 2, "--batch_size", 4, "--dev_rows", 4, "--precision", "fp32"]
     done = run("sft_train.py", *flags)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("each row by itself, common beginnings computed again") == (not shares)
+    assert done.stdout.count("rows are computed one by one, without shared prefixes") == (not shares)
     assert ("adapter on all linear layers: no " in done.stdout) == (name != "gemma3")
     weights = load_file(tmp_path / "a" / "adapter_model.safetensors")
     assert weights and all(w.any() for n, w in weights.items() if "lora_B" in n)

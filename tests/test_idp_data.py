@@ -10,7 +10,8 @@ from conftest import ROOT
 
 from common import dev_split, row_hash
 from distill.files import UserError, read_json
-from distill.tasks.idp_corpus import exchanged, mistakes, read_corpus, shown_values
+from distill.tasks.augment import shown_values, swap_values
+from distill.tasks.idp_corpus import mistakes, read_corpus
 from distill.tasks.idp_documents import idp_prompt
 from distill.tasks.idp_schema import validator
 from distill.tasks.idp_score import canonical, edit_similarity, f1_scores, field_counts, free_value, regex_receipt
@@ -219,7 +220,7 @@ def test_a_document_and_its_gold_change_together():
         row["gold"] = {"company": f"SHOP {i} LTD", "date": f"1{i}/03/18", "total": f"{i}0.50", "address": "not there"}
     pool = shown_values(rows)
     assert set(pool) == {"company", "date", "total"}
-    copies = [exchanged(row, pool, random.Random(seed)) for seed in range(20) for row in rows]
+    copies = [swap_values(row, pool, random.Random(seed)) for seed in range(20) for row in rows]
     for row, original in zip(copies, rows * 20, strict=True):
         shown = {k: v for k, v in row["gold"].items() if k != "address"}
         assert all(v in row["document"] for v in shown.values()) and row["gold"]["address"] == "not there"
@@ -227,18 +228,18 @@ def test_a_document_and_its_gold_change_together():
         assert row["group"] == original["group"]
     assert len({json.dumps(r["gold"]) for r in copies}) > 30
     assert {r["gold"]["date"] for r in copies} == {r["gold"]["date"] for r in rows}
-    assert exchanged({"document": "[1]", "gold": [1]}, pool, random.Random(0)) == {"document": "[1]", "gold": [1]}
+    assert swap_values({"document": "[1]", "gold": [1]}, pool, random.Random(0)) == {"document": "[1]", "gold": [1]}
 
 
-def test_an_exchange_leaves_other_numbers_dates_and_fields_alone():
+def test_a_swap_leaves_other_numbers_dates_and_fields_alone():
     document = "ABLE\nABLE STREET 8.10\nDATE 28.10.2018\n18.10 8.101\nTOTAL RM8.10"
     gold = {"company": "ABLE", "address": "ABLE STREET 8.10", "date": "28.10.2018", "total": "8.10"}
     row = {"document": document, "gold": gold}
     pool = {"total": ["33.50"], "company": ["BAKER"]}
-    seen = {exchanged(row, pool, random.Random(seed))["document"] for seed in range(20)}
+    seen = {swap_values(row, pool, random.Random(seed))["document"] for seed in range(20)}
     assert seen == {document}  # either value stands in the address too, which would be lost
     row["gold"] = {**gold, "address": None}
-    seen = {exchanged(row, pool, random.Random(seed))["document"] for seed in range(40)}
+    seen = {swap_values(row, pool, random.Random(seed))["document"] for seed in range(40)}
     assert "BAKER\nBAKER STREET 33.50\nDATE 28.10.2018\n18.10 8.101\nTOTAL RM33.50" in seen and len(seen) == 4
 
 
@@ -261,6 +262,8 @@ def test_copies_hold_no_value_of_held_out_or_development_rows(run, tmp_path):
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "idp_sft.jsonl").read_text().splitlines()]
     n = int(re.search(r"(\d+) training documents", done.stdout)[1])
+    originals = [row_hash(r["input"]) for r in dev_split(rows[:n])[0]]
+    assert all("copy_of" not in r for r in rows[:n]) and [r["copy_of"] for r in rows[n:]] == 3 * originals
     train, dev = dev_split(rows)
     own = {r["output"] for r in rows[:n]}
     assert len(dev) and len(rows) == n + 3 * (n - len(dev)) and all(r["output"] in own for r in dev)

@@ -1,6 +1,5 @@
 """The three trainers as a user runs them, on a tiny random student, and their losses by hand."""
 
-import argparse
 import json
 import math
 import os
@@ -15,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from common import row_hash
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {"adapter_model.safetensors", "adapter_config.json", "README.md", "run.json", "curve.png", "train_rows.txt"}
@@ -72,7 +73,7 @@ def test_a_route_leaves_a_whole_adapter_folder(run, tiny, data, tmp_path, route)
     assert json.loads(answer.stdout)["prediction"] in ("Good", "Standard", "Bad"), answer.stderr[-500:]
 
 
-def test_dpo_from_an_adapter_says_what_its_reference_is(run, tiny, tiny_adapter, data, tmp_path):
+def test_dpo_from_an_adapter_records_its_reference(run, tiny, tiny_adapter, data, tmp_path):
     more = {"max_steps": 2, "init_adapter": tiny_adapter("sft")}
     done = run("dpo_train.py", *options(tiny, data, "dpo", tmp_path / "a", **more))
     assert done.returncode == 0, done.stderr[-2000:]
@@ -98,34 +99,41 @@ def test_a_teacher_answers_rows_that_have_no_answer(run, tiny, tiny_adapter, dat
 
 
 def test_free_text_trains_without_a_task(run, tiny, jsonl, tmp_path):
-    path = jsonl(
-        "notes_sft.jsonl", [{"input": f"question {i}", "output": f"an answer of words {i}"} for i in range(30)]
-    )
+    rows = [{"input": f"question {i}", "output": f"an answer of words {i}", "copy_of": f"{i:016x}"} for i in range(30)]
+    path = jsonl("notes_sft.jsonl", rows)
     flags = ["--student", tiny, "--data", path, "--save_dir", tmp_path / "a", "--max_steps", 2, "--batch_size", 4]
     done = run("sft_train.py", *flags)
     assert done.returncode == 0, done.stderr[-2000:]
+    hashes = set((tmp_path / "a" / "train_rows.txt").read_text().split())
+    trained = [row for row in rows if row["copy_of"] in hashes]  # an evaluation on the original must see it
+    assert len(trained) == 8 and hashes == {h for r in trained for h in (row_hash(r["input"]), r["copy_of"])}
     assert not (tmp_path / "a" / "task.json").exists() and not (tmp_path / "a" / "calibration.json").exists()
 
 
-def told_to_stop(flags, steps, number):
+def stopped_at(flags, steps, number):
     """(exit code, output) of sft_train.py that gets a signal at one of the steps; the bar shows some of them only."""
+
+    def default_handler():  # a shell starts background jobs with SIGINT ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "sft_train.py", *flags]
-    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    started = subprocess.Popen(command, cwd=ROOT, env=environment, preexec_fn=default_handler, **pipes)
     seen = b""
     while not re.search(steps, seen) and started.poll() is None:
         seen += os.read(started.stdout.fileno(), 4096)
     started.send_signal(number)
-    said = started.communicate(timeout=120)[0].decode()
-    return started.returncode, said
+    output = started.communicate(timeout=120)[0].decode()
+    return started.returncode, output
 
 
 def test_stopped_and_resumed_is_the_run_that_was_not_stopped(run, tiny, data, tmp_path):
     whole = options(tiny, data, "sft", tmp_path / "whole", max_steps=40)
     assert run("sft_train.py", *whole).returncode == 0
     flags = options(tiny, data, "sft", tmp_path / "parts", max_steps=40)
-    code, said = told_to_stop(flags, rb" ([89]|[123]\d)/40", signal.SIGINT)
-    assert code == 130 and "--resume_from_checkpoint last goes on" in said, said[-2000:]
+    code, output = stopped_at(flags, rb" ([89]|[123]\d)/40", signal.SIGINT)
+    assert code == 130 and "--resume_from_checkpoint last continues" in output, output[-2000:]
     refused = run("sft_train.py", *flags)
     assert refused.returncode == 2 and "an unfinished run; expected --resume_from_checkpoint last" in refused.stderr
     other = run("dpo_train.py", *options(tiny, data, "dpo", tmp_path / "parts"), "--resume_from_checkpoint", "last")
@@ -149,19 +157,16 @@ def test_stopped_and_resumed_is_the_run_that_was_not_stopped(run, tiny, data, tm
     assert all(torch.equal(expected[k], found[k]) for k in expected)
 
 
-def test_a_run_is_told_by_what_its_flags_name(data, tiny_adapter, tmp_path):
-    from distill.train.run_folder import may_start
-
-    teacher, here = tmp_path / "teacher", tmp_path / "creditmix_sft.jsonl"
+def test_a_run_is_identified_by_the_contents_of_its_inputs(data, tiny_adapter, tmp_path):
+    teacher = tmp_path / "teacher"
     shutil.copytree(tiny_adapter("sft"), teacher)
     for name in ("creditmix_sft.jsonl", "creditmix_task.json"):
         shutil.copy(data / name, tmp_path)
-    flags = {"student": "x", "data": here, "task": None, "save_dir": tmp_path / "a", "resume_from_checkpoint": None}
-    args = argparse.Namespace(**flags, teacher=str(teacher))
-    first = may_start(args, "kd")
+    inputs = {"task": tmp_path / "creditmix_task.json", "teacher": str(teacher), "init_adapter": None}
+    first = checked(tmp_path, tmp_path / "a", inputs=inputs).identity
     (tmp_path / "creditmix_task.json").write_text((data / "creditmix_task.json").read_text() + " ")
     (teacher / "adapter_model.safetensors").write_bytes(b"trained again")
-    second = may_start(args, "kd")
+    second = checked(tmp_path, tmp_path / "a", inputs=inputs).identity
     assert {k for k in first if first[k] != second[k]} == {"task_sha256", "teacher_sha256"}
 
 
@@ -169,8 +174,8 @@ def test_sigterm_saves_too(tiny, data, tmp_path):
     from distill.train.run_folder import damaged_file
 
     flags = options(tiny, data, "sft", tmp_path / "a", max_steps=400, eval_steps=300)
-    code, said = told_to_stop(flags, rb" ([3-9]|\d\d+)/400", signal.SIGTERM)
-    assert code == 128 + signal.SIGTERM and "--resume_from_checkpoint last goes on" in said, said[-2000:]
+    code, output = stopped_at(flags, rb" ([3-9]|\d\d+)/400", signal.SIGTERM)
+    assert code == 128 + signal.SIGTERM and "--resume_from_checkpoint last continues" in output, output[-2000:]
     (saved,) = (tmp_path / "a").glob("checkpoint-*")  # none was due
     assert 3 <= int(saved.name.split("-")[1]) < 300 and damaged_file(saved) is None
 
@@ -246,7 +251,7 @@ def test_a_full_disk_leaves_nothing_half_written(tiny, data, tmp_path):
         command, cwd=ROOT, env=environment, capture_output=True, text=True, preexec_fn=small_files, timeout=200
     )
     assert done.returncode == 2, done.stderr[-2000:]
-    assert "\nerror: " in done.stderr.replace("\r", "\n"), done.stderr[-1500:]  # the bar may end behind it
+    assert "\nerror: " in done.stderr.replace("\r", "\n"), done.stderr[-1500:]  # the bar may end after it
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "a" / "adapter_model.safetensors").exists()
 
@@ -283,19 +288,20 @@ def checkpoint(folder, step):
     return folder / f"checkpoint-{step}"
 
 
-def run_arguments(data, folder, **more):
-    from argparse import Namespace
+def checked(data, folder, lr=0.1, resume=None, inputs=None):
+    """check_run() of an SFT run into the folder."""
+    from distill.train.run_folder import check_run
 
-    more = {"student": "s", "lr": 0.1, "resume_from_checkpoint": None, **more}
-    return Namespace(data=data / "creditmix_sft.jsonl", save_dir=folder, **more)
+    path, settings = data / "creditmix_sft.jsonl", {"lr": lr, "save_dir": folder, "resume_from_checkpoint": resume}
+    return check_run("sft", folder, student="s", data=path, settings=settings, resume=resume, inputs=inputs)
 
 
 def test_a_run_killed_in_its_first_checkpoint_starts_again(data, tmp_path):
     from distill.train.run_folder import start_run
 
-    start_run(run_arguments(data, tmp_path), "sft")
+    start_run(checked(data, tmp_path))
     (checkpoint(tmp_path, 4) / "trainer_state.json").unlink()  # the last file of a checkpoint
-    start_run(run_arguments(data, tmp_path), "sft")
+    start_run(checked(data, tmp_path))
     assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
 
 
@@ -307,26 +313,25 @@ def test_a_damaged_checkpoint_is_named(data, tmp_path, name):
     from distill.files import UserError
     from distill.train.run_folder import start_run
 
-    start_run(run_arguments(data, tmp_path), "sft")
+    start_run(checked(data, tmp_path))
     checkpoint(tmp_path, 8)
     path = checkpoint(tmp_path, 12) / name
-    last = run_arguments(data, tmp_path, resume_from_checkpoint="last")
-    start_run(last, "sft")
-    assert last.resume_from_checkpoint == str(path.parent)
+    last = checked(data, tmp_path, resume="last")
+    assert last.checkpoint == path.parent and last.settings["resume_from_checkpoint"] == str(path.parent)
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(UserError, match=f"checkpoint-12/{name}: missing or damaged; expected an earlier checkpoint"):
-        start_run(run_arguments(data, tmp_path, resume_from_checkpoint="last"), "sft")
-    start_run(run_arguments(data, tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-8")), "sft")
+        checked(data, tmp_path, resume="last")
+    assert checked(data, tmp_path, resume=str(tmp_path / "checkpoint-8")).checkpoint == tmp_path / "checkpoint-8"
 
 
 def test_another_learning_rate_is_another_run(data, tmp_path):
     from distill.files import UserError
     from distill.train.run_folder import start_run
 
-    start_run(run_arguments(data, tmp_path), "sft")
+    start_run(checked(data, tmp_path))
     checkpoint(tmp_path, 4)
     with pytest.raises(UserError, match=r"field 'lr' of its run.json is '0.1'; expected '0.2'"):
-        start_run(run_arguments(data, tmp_path, lr=0.2, resume_from_checkpoint="last"), "sft")
+        checked(data, tmp_path, lr=0.2, resume="last")
 
 
 def test_another_adapter_under_the_same_name_is_another_run(data, tmp_path):
@@ -334,22 +339,20 @@ def test_another_adapter_under_the_same_name_is_another_run(data, tmp_path):
     from distill.train.run_folder import start_run
 
     sft = checkpoint(tmp_path / "sft", 1)
-    start_run(run_arguments(data, tmp_path, init_adapter=sft), "dpo")
+    start_run(checked(data, tmp_path, inputs={"init_adapter": sft}))
     checkpoint(tmp_path, 4)
-    again = {"init_adapter": sft, "resume_from_checkpoint": "last"}
-    start_run(run_arguments(data, tmp_path, **again), "dpo")
+    assert checked(data, tmp_path, resume="last", inputs={"init_adapter": sft}).checkpoint
     (sft / "adapter_model.safetensors").write_bytes(b"trained again")
     with pytest.raises(UserError, match=r"field 'init_adapter_sha256' of its run.json is"):
-        start_run(run_arguments(data, tmp_path, **again), "dpo")
+        checked(data, tmp_path, resume="last", inputs={"init_adapter": sft})
 
 
-def test_a_readme_that_is_no_runs_is_not_overwritten(data, tmp_path):
+def test_a_readme_that_is_not_from_a_run_is_not_overwritten(data, tmp_path):
     from distill.files import UserError
-    from distill.train.run_folder import start_run
 
     (tmp_path / "README.md").write_text("mine")
-    with pytest.raises(UserError, match=r"its README.md is no run's; expected --save_dir, a folder of its own"):
-        start_run(run_arguments(data, tmp_path), "sft")
+    with pytest.raises(UserError, match=r"its README.md is not from a run; expected a --save_dir of its own"):
+        checked(data, tmp_path)
 
 
 def test_distribution_loss_by_hand():
@@ -368,7 +371,8 @@ def test_distribution_loss_by_hand():
 
 def test_the_micro_batch_is_halved_until_it_fits():
     from distill.files import UserError
-    from distill.train.memory import largest_fitting, smaller
+    from distill.train.memory import hint
+    from distill.train.out_of_memory import largest_fitting
 
     tried = []
 
@@ -379,45 +383,43 @@ def test_the_micro_batch_is_halved_until_it_fits():
 
     assert largest_fitting(step, 24, "") == 4 and tried == [24, 12, 8, 6, 4]
     with pytest.raises(UserError, match="one row does not fit this GPU; expected a smaller --max_len"):
-        largest_fitting(lambda n: step(n, 0), 2, smaller("nf4"))
+        largest_fitting(lambda n: step(n, 0), 2, hint("nf4"))
 
 
-def test_running_mean_by_hand():
-    from distill.train.ema import Averaged
+def test_ema_by_hand():
+    from distill.train.ema import EmaOfWeights
 
-    trainer = Averaged()
+    trainer = EmaOfWeights()
     trainer.trainable = [torch.nn.Parameter(torch.tensor([1.0, 0.0])), torch.nn.Parameter(torch.tensor(8.0))]
     for value in (1.0, 2.0, 4.0):
         trainer.trainable[0].data[0] = value
-        trainer.follow(10)  # reaches back 1.8 of 10 steps: 1, then 1 + (2 - 1) / 1.8, then 1.5556 + (4 - 1.5556) / 1.8
-    with trainer.averaged():
+        trainer.update_ema(10)  # a span of 1.8 steps: 1, then 1 + (2 - 1) / 1.8, then 1.5556 + (4 - 1.5556) / 1.8
+    with trainer.ema_weights():
         assert trainer.trainable[0].tolist() == pytest.approx([2.9136, 0.0], abs=1e-4)
         assert trainer.trainable[1].item() == 8.0
     assert trainer.trainable[0].tolist() == [4.0, 0.0]
 
 
-def test_what_is_kept_is_the_mean_and_training_goes_on_from_the_weights(tiny, task, tmp_path, monkeypatch):
+def test_the_ema_is_evaluated_and_saved_and_training_continues_from_the_weights(tiny, task, tmp_path, monkeypatch):
     from safetensors.torch import load_file
 
-    monkeypatch.setattr(
-        "distill.train.ema.SHARE", 2.0
-    )  # reaches back 4 steps of these 2: 3/4 of the first, 1/4 of the last
+    monkeypatch.setattr("distill.train.ema.SPAN", 2.0)  # of 2 steps: the EMA is 3/4 of the first and 1/4 of the last
     last, _, trainer = weights_after("sft", tiny, task, tmp_path)
     trainer.save_model(tmp_path)
-    kept = load_file(tmp_path / "adapter_model.safetensors")
-    mean = {name: value for (name, _), value in zip(named(trainer), trainer.mean, strict=True)}
-    assert any((mean[name] - last[name]).abs().max() > 1e-3 for name in last)
-    for name, value in mean.items():
-        torch.testing.assert_close(kept[name.replace(".default", "")], value)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    ema = {name: value for (name, _), value in zip(named(trainer), trainer.ema, strict=True)}
+    assert any((ema[name] - last[name]).abs().max() > 1e-3 for name in last)
+    for name, value in ema.items():
+        torch.testing.assert_close(saved[name.replace(".default", "")], value)
     rows = trainer.train_dataset
-    found = trainer.evaluate(rows)["eval_loss"]
-    trainer.exchange()
-    weights, trainer.mean = trainer.mean, None
-    assert trainer.evaluate(rows)["eval_loss"] == pytest.approx(found, abs=1e-6)
-    trainer.mean = weights
-    trainer.exchange()
-    trainer.mean = None
-    assert abs(trainer.evaluate(rows)["eval_loss"] - found) > 1e-3
+    loss = trainer.evaluate(rows)["eval_loss"]
+    trainer.swap_ema()
+    weights, trainer.ema = trainer.ema, None
+    assert trainer.evaluate(rows)["eval_loss"] == pytest.approx(loss, abs=1e-6)
+    trainer.ema = weights
+    trainer.swap_ema()
+    trainer.ema = None
+    assert abs(trainer.evaluate(rows)["eval_loss"] - loss) > 1e-3
 
 
 def named(trainer):
@@ -425,35 +427,41 @@ def named(trainer):
 
 
 def rows_for(route, tokenizer, task, n=12):
-    """n rows as a trainer of the route takes them, of different lengths."""
-    from common import completion_ids, prompt_ids
+    """n encoded rows of different lengths, and the columns that a trainer of the route takes."""
+    from distill.train.data import encode
 
-    texts = [task.prompt(f"Age: {20 + i}.0" + ", Outstanding Debt: 99.0" * (i % 3)) for i in range(n)]
-    prompts, labels = prompt_ids(tokenizer, texts), [task.labels[i % 3] for i in range(n)]
-    good, bad = completion_ids(tokenizer, texts, labels), completion_ids(tokenizer, texts, labels[1:] + labels[:1])
-    long = completion_ids(tokenizer, texts, [f"{label}{', indeed' * (i % 5)}" for i, label in enumerate(labels)])
-    teacher = [[0.7, 0.2, 0.1]] * n
-    return {
-        "sft": {
-            "input_ids": [p + g for p, g in zip(prompts, good, strict=True)],
-            "labels": [[-100] * len(p) + g for p, g in zip(prompts, good, strict=True)],
-        },
-        "kd": {"prompt_ids": prompts, "teacher": teacher, "gold": [-1] * n},
-        "dpo": {"prompt_ids": prompts, "chosen_ids": long, "rejected_ids": bad},
-    }[route]
+    labels = [task.labels[i % 3] for i in range(n)]
+    rows = [
+        {
+            "prompt": task.prompt(f"Age: {20 + i}.0" + ", Outstanding Debt: 99.0" * (i % 3)),
+            "chosen": label if route == "sft" else f"{label}{', indeed' * (i % 5)}",
+            "rejected": task.labels[(i + 1) % 3],
+            "teacher": [0.7, 0.2, 0.1],
+            "gold": -1,
+        }
+        for i, label in enumerate(labels)
+    ]
+    columns = {
+        "sft": ["input_ids", "labels"],
+        "kd": ["prompt_ids", "teacher", "gold"],
+        "dpo": ["prompt_ids", "chosen_ids", "rejected_ids"],
+    }
+    return encode(tokenizer, rows, 1024, "prompt", "chosen", "rejected")[0], columns[route]
 
 
 def weights_after(route, tiny, task, folder, upset=None, gpus=1):
     """LoRA weights and loss after two steps of 2 x 6 rows without dropout; upset(model) breaks it before training."""
-    from argparse import Namespace
-
-    from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+    from trl import DPOConfig, SFTConfig, SFTTrainer
 
     from common import label_trie, load_base
+    from distill.train.data import dataset
     from distill.train.student import lora_config
-    from distill.train.trainer import trainer_class
-    from kd_train import distribution_trainer
+    from distill.train.trainer import StudentTrainer
+    from dpo_train import dpo_trainer_class
+    from kd_train import label_trainer_class
+
+    class Sequence(StudentTrainer, SFTTrainer):
+        pass
 
     model, tokenizer = load_base(tiny, "fp32")
     options = {
@@ -468,30 +476,28 @@ def weights_after(route, tiny, task, folder, upset=None, gpus=1):
         "use_cpu": True,
         "report_to": "none",
         "save_strategy": "no",
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         "max_length": None,
         "logging_steps": 1,
     }
     if route == "dpo":
-
-        class Pretokenized(DPOTrainer):
-            def _prepare_dataset(self, dataset, *_):
-                return dataset
-
-        options |= {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 2.0]}
-        kind, config = trainer_class(Pretokenized, None, []), DPOConfig(**options)
+        kind = dpo_trainer_class()
+        config = DPOConfig(**options, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 2.0])
     else:
-        kind = trainer_class(SFTTrainer, None, [])
+        kind = Sequence
         if route == "kd":
-            kind = distribution_trainer(kind, label_trie(tokenizer, task.labels), Namespace(temperature=1.0, alpha=0.0))
+            kind = label_trainer_class(label_trie(tokenizer, task.labels), 1.0, 0.0)
             options |= {"remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
         config = SFTConfig(**options, shuffle_dataset=False)
     config._n_gpu = gpus
-    adapter = lora_config(Namespace(lora_r=4, student=str(tiny)), model)
+    adapter = lora_config(model, str(tiny), 4)
     adapter.lora_dropout = 0.0
-    data = Dataset.from_dict(rows_for(route, tokenizer, task))
+    rows, columns = rows_for(route, tokenizer, task)
+    data = dataset(rows, *columns)
     torch.manual_seed(0)
-    trainer = kind(model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=adapter)
+    trainer = kind(
+        model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=adapter, train_rows=rows
+    )
     if upset:
         upset(trainer.model.get_base_model().model)
     loss = trainer.train().training_loss
@@ -550,7 +556,7 @@ def test_one_row_that_does_not_fit_says_what_to_change(tiny, task, tmp_path):
 
 
 @pytest.mark.parametrize("route", ["sft", "kd", "dpo"])
-def test_a_loss_that_is_no_number_stops_the_run(tiny, task, tmp_path, route):
+def test_a_loss_that_is_not_finite_stops_the_run(tiny, task, tmp_path, route):
     from distill.files import UserError
 
     def upset(model):
@@ -560,15 +566,12 @@ def test_a_loss_that_is_no_number_stops_the_run(tiny, task, tmp_path, route):
         weights_after(route, tiny, task, tmp_path, upset)
 
 
-def test_weights_that_are_no_numbers_are_not_written(tiny, task, tmp_path):
-    from argparse import Namespace
-
+def test_weights_that_are_not_finite_are_not_written(data, tmp_path):
     from distill.files import UserError
-    from distill.train.run_folder import finish
+    from distill.train.run_folder import finish_run
 
-    trainer = weights_after("sft", tiny, task, tmp_path / "trainer")[2]
     weights = {f"lora_B.{i}": torch.ones(2, 2) for i in range(2)}
     weights["lora_B.1"][0, 0] = torch.nan
-    with pytest.raises(UserError, match="holds NaN or infinity, so it is not written"):
-        finish(trainer, Namespace(save_dir=tmp_path / "a"), None, weights, None, {}, ["x"])
+    with pytest.raises(UserError, match=r"lora_B\.1 holds NaN or infinity, so it is not written"):
+        finish_run(checked(data, tmp_path / "a"), None, weights, {}, hashes={"x"}, history=[])
     assert not (tmp_path / "a").exists()

@@ -119,11 +119,7 @@ def test_kd_computes_label_scores_in_parts_with_loss_and_gradients_of_the_whole(
 
     from transformers import AutoModelForCausalLM
 
-    from kd_train import distribution_loss, distribution_trainer
-
-    class Trainer:
-        def __init__(self, data_collator, processing_class):
-            self.collate = data_collator
+    from kd_train import distribution_loss, label_trainer_class
 
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     trie, rng = LabelTrie([[5], [6, 7], [6, 8, 9]]), random.Random(0)
@@ -131,9 +127,8 @@ def test_kd_computes_label_scores_in_parts_with_loss_and_gradients_of_the_whole(
         {"prompt_ids": [*range(20, 40), *rng.choices(range(50, 90), k=n)], "teacher": [0.5, 0.3, 0.2], "gold": n % 3}
         for n in range(3, 80)
     ]
-    kind = distribution_trainer(Trainer, trie, SimpleNamespace(temperature=2.0, alpha=0.3))
-    trainer = kind(processing_class=SimpleNamespace(pad_token_id=2))
-    trainer.model = model
+    trainer = object.__new__(label_trainer_class(trie, temperature=2.0, alpha=0.3))  # no data to construct it with
+    trainer.model, trainer.processing_class = model, SimpleNamespace(pad_token_id=2)
     in_parts = trainer.compute_loss(model, trainer.collate(rows))
     in_parts.backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters()}

@@ -16,17 +16,17 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-# dropout is drawn in each process by itself, so it goes off; all else is the script as it is
+# each process draws its own dropout, so it is off; all else is the script as it is
 WITHOUT_DROPOUT = """
 import runpy, sys
 sys.path.insert(0, {root!r})
-from distill.train import student as training
-plain = training.lora_config
+from distill.train import student
+plain = student.lora_config
 def without_dropout(*args):
     config = plain(*args)
     config.lora_dropout = 0.0
     return config
-training.lora_config = without_dropout
+student.lora_config = without_dropout
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -73,8 +73,8 @@ def test_two_processes_train_as_one(tiny, data, tmp_path, route):
         weights = load_file(tmp_path / name / "adapter_model.safetensors")
         rows = (tmp_path / name / "train_rows.txt").read_text()
         found[name] = record, weights, rows, done.stdout
-    (one, expected, rows, _), (two, weights, same, said) = found["one"], found["two"]
-    assert said.count("adapter in ") == 1 and "3 steps of 2 x 2 accumulated x 2 processes" in said
+    (one, expected, rows, _), (two, weights, same, output) = found["one"], found["two"]
+    assert output.count("adapter in ") == 1 and "3 steps of 2 x 2 accumulated x 2 processes" in output
     assert rows == same and one["steps"] == two["steps"] == 3 and one["rows"] == two["rows"]
     assert abs(one["train_loss"] - two["train_loss"]) < 1e-3
     assert weights.keys() == expected.keys()

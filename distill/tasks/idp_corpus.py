@@ -1,4 +1,4 @@
-"""IDP training rows: the corpus with its gold, copies with exchanged values, plausible mistakes."""
+"""IDP training rows: the corpus with its gold, and plausible mistakes."""
 
 import re
 
@@ -46,46 +46,6 @@ def mistakes(gold, document):
         if value is not None and not isinstance(value, list):
             out.append(("missing value", {**gold, key: None}))
     return out
-
-
-def exchanged(row, pool, rng):
-    """The row with about half of the values that its document shows letter for letter taken from other documents.
-
-    From few documents a model learns where each template puts a value; with values that come and go it has to learn
-    what a value looks like. A document's other places that show the same value change with it; an exchange that would
-    take away another field's value is not made.
-    pool: {field: values to draw from}, as shown_values gives it.
-    """
-    for key in pool:
-        if shows(row, key) and rng.random() < 0.5:
-            value, gold = rng.choice(pool[key]), row["gold"]
-            document = standing_alone(gold[key]).sub(lambda _, value=value: value, row["document"])
-            other = {**row, "document": document, "gold": {**gold, key: value}}
-            row = other if all(shows(other, k) for k in gold if shows(row, k)) else row
-    return row
-
-
-def shown_values(rows):
-    """{field: the values of the rows whose documents show them}."""
-    pool = {}
-    for row in rows:
-        for key in row["gold"]:  # of a list shows() takes none
-            if shows(row, key):
-                pool.setdefault(key, []).append(row["gold"][key])
-    return pool
-
-
-def shows(row, key):
-    """Whether the document shows this value of the gold as it stands; a few letters could be there by chance."""
-    value = row["gold"].get(key) if isinstance(row["gold"], dict) else None
-    return isinstance(value, str) and len(value) > 3 and bool(standing_alone(value).search(row["document"]))
-
-
-def standing_alone(value):
-    """A pattern of the value where it is no part of a longer word, number or date (RM12.50 shows 12.50)."""
-    before = r"(?<![\d.,/-])" if value[0].isdigit() else r"(?<!\w)"
-    behind = r"(?!\d|[.,/-]\d)" if value[-1].isdigit() else r"(?!\w)"
-    return re.compile(before + re.escape(value) + behind)
 
 
 def rejected_answer(row, judge, rng):

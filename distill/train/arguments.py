@@ -1,107 +1,121 @@
-"""Flags of the three trainers, and the part of TRL's configuration that they share."""
+"""The flags of the three trainers, and what their TRL configurations have in common."""
 
+import argparse
+import math
 import os
 import platform
 from pathlib import Path
 
 from common import SEED
-from distill.files import UserError, between, positive
+from distill.files import between, positive
 from distill.model.hub import DEFAULT_STUDENT
 
 
-def add_arguments(p, data, save_dir, lr):
-    p.add_argument("--student", default=DEFAULT_STUDENT, help="hub id, folder or smollm2-135m (default: %(default)s)")
-    p.add_argument("--data", type=Path, default=Path(data), help="training rows (default: %(default)s)")
-    p.add_argument("--save_dir", type=Path, default=Path(save_dir), help="adapter folder (default: %(default)s)")
-    p.add_argument("--task", type=Path, help="label task; default: NAME_task.json beside NAME_sft.jsonl, if there")
-    p.add_argument("--epochs", type=positive(float), default=3, help="passes over the rows (default: %(default)s)")
-    p.add_argument("--max_steps", type=positive(int), help="stop after so many steps, whatever --epochs says")
-    p.add_argument("--lr", type=positive(float), default=lr, help="peak learning rate (default: %(default)s)")
-    p.add_argument("--batch_size", type=positive(int), default=16, help="of all GPUs together (default: 16)")
-    p.add_argument("--micro_batch", type=positive(int), help="rows at once; default: the batch on a GPU, 8 on a CPU")
-    p.add_argument("--max_vram_gb", type=positive(float), help="GiB that torch may reserve; default: the GPU's memory")
-    p.add_argument(
-        "--lora_r", type=positive(int), default=16, help="rank of a fresh adapter, alpha is twice that (default: 16)"
-    )
-    p.add_argument("--max_len", type=positive(int), default=1024, help="longer rows are dropped (default: 1024)")
-    p.add_argument("--dev_rows", type=positive(int), help="development rows; default: 1000 on a GPU, 100 on a CPU")
-    p.add_argument("--eval_steps", type=positive(int), help="steps between evaluations; default: 8 a run")
-    p.add_argument("--precision", choices=["auto", "nf4", "bf16", "fp32"], default="auto", help="of the base model")
-    p.add_argument(
+def add_arguments(parser: argparse.ArgumentParser, *, data: str, save_dir: str, lr: float) -> None:
+    """Add the flags that all trainers have, with a route's own defaults for data, folder and learning rate."""
+    add = parser.add_argument
+    add("--student", default=DEFAULT_STUDENT, help="hub id, folder or smollm2-135m (default: %(default)s)")
+    add("--data", type=Path, default=Path(data), help="training rows (default: %(default)s)")
+    add("--save_dir", type=Path, default=Path(save_dir), help="adapter folder (default: %(default)s)")
+    add("--task", type=Path, help="label task; default: NAME_task.json beside NAME_sft.jsonl, if there")
+    add("--epochs", type=positive(float), default=3, help="passes over the rows (default: %(default)s)")
+    add("--max_steps", type=positive(int), help="stop after so many steps, whatever --epochs says")
+    add("--lr", type=positive(float), default=lr, help="peak learning rate (default: %(default)s)")
+    add("--batch_size", type=positive(int), default=16, help="rows per step, over all GPUs (default: 16)")
+    add("--micro_batch", type=positive(int), help="rows at once; default: the batch on a GPU, 8 on a CPU")
+    add("--max_vram_gb", type=positive(float), help="GiB that torch may reserve; default: the GPU's memory")
+    add("--lora_r", type=positive(int), default=16, help="rank of a fresh adapter, alpha is twice that (default: 16)")
+    add("--max_len", type=positive(int), default=1024, help="longer rows are dropped (default: 1024)")
+    add("--dev_rows", type=positive(int), help="development rows; default: 1000 on a GPU, 100 on a CPU")
+    add("--eval_steps", type=positive(int), help="steps between evaluations; default: 8 evaluations per run")
+    add("--precision", choices=["auto", "nf4", "bf16", "fp32"], default="auto", help="of the base model")
+    add(
         "--seed",
         type=between(int, 0, 2**32 - 1),
         default=SEED,
         help="of split, order and adapter (default: %(default)s)",
     )
-    p.add_argument("--resume_from_checkpoint", metavar="PATH|last", help="go on from a checkpoint of this run")
-    return p
+    add("--resume_from_checkpoint", metavar="PATH|last", help="continue from a checkpoint of this run")
 
 
-def micro_batch(args):
-    """(rows at once on each GPU, times they are accumulated) before anything was tried.
+def add_swap_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --swap_augmentation. run.json keeps it as swap_noise, the name of the flag before."""
+    parser.add_argument(
+        "--swap_augmentation",
+        "--swap_noise",
+        dest="swap_noise",
+        type=between(float, 0, 1),
+        default=0.0,
+        metavar="SHARE",
+        help="share of a label row's fields that each copy takes from other rows of its label (default: 0)",
+    )
 
-    Error: UserError where the processes cannot share the batch.
+
+def passes_over(rows: int, *, epochs: float, max_steps: int | None, batch_size: int) -> int:
+    """How many times a run meets each of its rows, rounded up: as many copies does augmentation make."""
+    return math.ceil(max_steps * batch_size / rows if max_steps else epochs)
+
+
+def training_arguments(
+    save_dir: Path,
+    *,
+    rows: int,
+    epochs: float,
+    max_steps: int | None,
+    batch_size: int,
+    micro_batch: int,
+    learning_rate: float,
+    eval_steps: int | None,
+    evaluate: bool,
+    best_metric: str,
+    precision: str,
+    seed: int,
+) -> dict:
+    """What SFTConfig and DPOConfig have in common, as keyword arguments of either.
+
+    rows: number of training rows. micro_batch: rows at once on each GPU, accumulated until they are batch_size rows.
+    evaluate: whether there are development rows. best_metric: the metric that chooses the checkpoint, lower is better.
+    precision: of the loaded base model (nf4, bf16, fp32).
     """
     import torch
 
+    cuda, quantised = torch.cuda.is_available(), precision == "nf4"
     world = int(os.environ.get("WORLD_SIZE", 1))
-    own, rest = divmod(args.batch_size, world)
-    if rest:
-        raise UserError(f"--batch_size {args.batch_size}: expected a multiple of the {world} processes")
-    most = min(args.micro_batch or (own if torch.cuda.is_available() else 8), own)
-    micro = next(m for m in range(most, 0, -1) if own % m == 0)  # so that the batch is what was asked
-    return micro, own // micro
-
-
-def training_arguments(args, model, rows, dev, task, passes=1):
-    """What TRL's three configs have in common. The effective batch is what was asked, whatever fits at once.
-
-    passes: how many of args.epochs the rows already hold (noisy_copies).
-    """
-    import torch
-
-    cuda, large = torch.cuda.is_available(), model.precision == "nf4"
-    micro, accumulate = micro_batch(args)
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if cuda and world > 1 and not args.micro_batch:  # several processes cannot try what fits: the estimate has to do
-        from distill.train.memory import expected_to_fit
-
-        micro, accumulate = expected_to_fit(args, model, rows, micro * accumulate)
-    epochs = args.epochs / passes
-    steps = args.max_steps or max(1, int(epochs * len(rows) / args.batch_size))
-    every = args.eval_steps or max(2, steps // 8)  # the first step has learning rate 0
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(args.save_dir) / "tensorboard")
-    print(f"{steps} steps of {micro} x {accumulate} accumulated x {world} processes; evaluation every {every}")
+    accumulate = batch_size // world // micro_batch
+    steps = max_steps or max(1, int(epochs * rows / batch_size))
+    every = eval_steps or max(2, steps // 8)  # the first step has learning rate 0
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(save_dir / "tensorboard")
+    print(f"{steps} steps of {micro_batch} x {accumulate} accumulated x {world} processes; evaluation every {every}")
     return {
-        "output_dir": str(args.save_dir),
+        "output_dir": str(save_dir),
         "num_train_epochs": epochs,
-        "max_steps": args.max_steps or -1,
-        "per_device_train_batch_size": micro,
-        "per_device_eval_batch_size": micro,
+        "max_steps": max_steps or -1,
+        "per_device_train_batch_size": micro_batch,
+        "per_device_eval_batch_size": micro_batch,
         "gradient_accumulation_steps": accumulate,
-        "learning_rate": args.lr,
-        # The first steps, which learn to answer with a label at all, have the largest gradients by far; at the usual
-        # 0.999 their memory outlives a short run and keeps its later steps small. A small batch, whose gradients are
-        # noisier, remembers as many rows as one of 32 (arXiv 2507.07101).
-        "adam_beta2": 0.95 ** min(1, args.batch_size / 32),
+        "learning_rate": learning_rate,
+        # The first steps, which learn to answer with a label at all, have the largest gradients by far. With the usual
+        # 0.999 they dominate the second moment of a short run and keep its later steps small. A smaller batch has
+        # noisier gradients and averages over as many rows as one of 32 (arXiv 2507.07101).
+        "adam_beta2": 0.95 ** min(1, batch_size / 32),
         "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.03,  # below 1 it is a share
-        "optim": "paged_adamw_32bit" if cuda and large else "adamw_torch",
-        "bf16": model.precision != "fp32",
-        # recomputing activations costs a forward pass; a small model has room for them. TRL still asks by the old name
-        "gradient_checkpointing": large,
-        "eval_strategy": "steps" if dev else "no",
+        "warmup_steps": 0.03,  # below 1 it is a share of the steps
+        "optim": "paged_adamw_32bit" if cuda and quantised else "adamw_torch",
+        "bf16": precision != "fp32",
+        # recomputing activations costs a forward pass; a small model has memory to keep them
+        "activation_checkpointing": quantised,
+        "eval_strategy": "steps" if evaluate else "no",
         "save_strategy": "steps",
         "eval_steps": every,
         "save_steps": every,
         "save_total_limit": 2,
-        "load_best_model_at_end": bool(dev),
-        "metric_for_best_model": "eval_label_log_loss" if task else "eval_loss",  # what serving ranks by
+        "load_best_model_at_end": evaluate,
+        "metric_for_best_model": best_metric,
         "greater_is_better": False,
         "logging_steps": max(1, min(10, steps // 20)),
-        "logging_nan_inf_filter": False,  # it would show the mean of earlier losses in place of a NaN
+        "logging_nan_inf_filter": False,  # it would log the mean of earlier losses in place of a NaN
         "report_to": "tensorboard",
         "dataloader_pin_memory": cuda and "microsoft" not in platform.release(),  # WSL2 limits pinned memory
         "use_cpu": not cuda,
-        "seed": args.seed,
+        "seed": seed,
     }

@@ -1,70 +1,117 @@
-"""What a trainer reads: rows checked, split, tokenised as they are scored, and shown before a run begins."""
+"""What a trainer reads: rows checked, split, tokenised as they are scored, and described before a run begins."""
 
-from common import Task, completion_ids, dev_split, label_classes, prompt_ids, prompt_of, task_file, unit_hash
+from pathlib import Path
+
+from common import (
+    Task,
+    completion_ids,
+    dev_split,
+    label_classes,
+    prompt_ids,
+    prompt_of,
+    row_hash,
+    unit_hash,
+)
 from distill.files import UserError, read_rows
 
 
-def read_training_rows(args, fields, answer, optional=None):
-    """Rows of args.data and the label task they belong to, or None for free text.
+def find_task_file(data: Path, given: Path | None = None) -> Path | None:
+    """The label task of training rows: the file given, else NAME_task.json beside NAME_sft.jsonl, or None."""
+    beside = data.with_name(data.stem.rsplit("_", 1)[0] + "_task.json")
+    if given or beside.is_file():
+        return given or beside
+    print(f"no {beside}: free text, so no label scores and no calibration")
+    return None
 
-    Error: UserError for an answer that is no label.
+
+def read_training_rows(
+    path: Path, fields: dict, answer: str, task_path: Path | None, optional: dict | None = None
+) -> tuple[list[dict], Task | None]:
+    """Rows of a training file and their label task, or None for free text.
+
+    fields, optional: {name: type} as in read_rows; "group" and "copy_of" are optional in every route.
+    answer: the field whose values must be labels of the task, where they are not empty.
+    Each row gets "row_number" (from 1) and "hashes", what an evaluation compares with its own rows: the hash of its
+    prompt and, for a row that augmentation made, of its original's. Copies made later inherit both.
+    Errors: UserError for a malformed row or an answer that is no label.
     """
-    rows = read_rows(args.data, fields, {"group": str, **(optional or {})})
-    path = task_file(args)
-    if not args.task and not path.is_file():
-        print(f"no {path}: free text, so no label scores and no calibration")
+    rows = read_rows(path, fields, {"group": str, "copy_of": str, **(optional or {})})
+    for i, row in enumerate(rows, 1):
+        row["row_number"] = i
+        row["hashes"] = [row_hash(prompt_of(row))] + ([row["copy_of"]] if row.get("copy_of") else [])
+    if task_path is None:
         return rows, None
-    task = Task.load(path)
-    label_classes(args.data, rows, answer, task, unknown=(None, ""))  # which a teacher has yet to give
+    task = Task.load(task_path)
+    label_classes(path, rows, answer, task, unknown=(None, ""))  # a teacher may still have to give those
     return rows, task
 
 
-def split_for(args, rows):
-    """(rows to train on, development rows): no more of either than the run can use."""
+def split_rows(
+    path: Path, rows: list[dict], seed: int, *, max_dev: int | None = None, max_train: int | None = None
+) -> tuple[list[dict], list[dict]]:
+    """(rows to train on, development rows), at most as many of either as asked.
+
+    max_dev: default 1000 on a GPU, 100 on a CPU. path: of the rows, for the error message.
+    Errors: UserError when no row is left to train on.
+    """
     import torch
 
-    train, dev = dev_split(rows, args.seed)
+    train, dev = dev_split(rows, seed)
     if not train:
-        raise UserError(f"{args.data}: all {len(rows)} rows fell into the development split; expected more rows")
-    most = args.dev_rows or (1000 if torch.cuda.is_available() else 100)
-    if args.max_steps:
-        train = sorted(train, key=lambda r: unit_hash(args.seed, prompt_of(r)))[: args.max_steps * args.batch_size]
-    return train, sorted(dev, key=lambda r: unit_hash(args.seed, prompt_of(r)))[:most]
+        raise UserError(f"{path}: all {len(rows)} rows fell into the development split; expected more rows")
+    max_dev = max_dev or (1000 if torch.cuda.is_available() else 100)
+    if max_train:
+        train = sorted(train, key=lambda r: unit_hash(seed, prompt_of(r)))[:max_train]
+    return train, sorted(dev, key=lambda r: unit_hash(seed, prompt_of(r)))[:max_dev]
 
 
-def encode(tokenizer, rows, max_len, prompt, answer):
-    """Rows with input_ids and labels (-100 where nothing is trained), and how many were dropped, by reason.
+def encode(tokenizer, rows: list[dict], max_len: int, prompt: str, *answers: str) -> tuple[list[dict], dict[str, int]]:
+    """Token ids of a prompt and of one or more answers to it, by the same prompt builder that inference uses.
 
-    Error: UserError when every row is too long.
+    prompt, answers: names of fields. Each row gets
+        "prompt_ids", and "<answer>_ids" for each answer, the end of the turn included
+        "input_ids" and "labels" of prompt and first answer, -100 where nothing is trained
+        "texts"     [(ids of prompt and answer, number of answer ids)] for each answer: what the memory forecast reads
+        "answer"    the first answer as text: what development scores are compared with
+    Returns the rows of at most max_len tokens, and {reason: rows dropped}. Errors: UserError when all are dropped.
     """
-    prompts = prompt_ids(tokenizer, [r[prompt] for r in rows])
-    answers = completion_ids(tokenizer, [r[prompt] for r in rows], [r[answer] for r in rows], prompts)
-    return drop_long(
-        [
-            {**row, "prompt_ids": p, "input_ids": p + a, "labels": [-100] * len(p) + a}
-            for row, p, a in zip(rows, prompts, answers, strict=True)
-        ],
-        [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)],
-        max_len,
-    )
-
-
-def drop_long(rows, lengths, max_len):
-    """Rows of at most max_len tokens, and how many were dropped, by reason. Error: UserError when it is all of them."""
-    kept = [row for row, length in zip(rows, lengths, strict=True) if length <= max_len]
+    texts = [r[prompt] for r in rows]
+    prompts = prompt_ids(tokenizer, texts)
+    ids = [completion_ids(tokenizer, texts, [r[field] for r in rows], prompts) for field in answers]
+    encoded = [
+        {
+            **row,
+            "prompt_ids": p,
+            **{f"{field}_ids": a for field, a in zip(answers, own, strict=True)},
+            "input_ids": p + own[0],
+            "labels": [-100] * len(p) + own[0],
+            "texts": [(p + a, len(a)) for a in own],
+            "answer": row[answers[0]],
+        }
+        for row, p, *own in zip(rows, prompts, *ids, strict=True)
+    ]
+    kept = [row for row in encoded if longest_text([row]) <= max_len]
     if rows and not kept:
-        shortest = min(lengths)
+        shortest = min(longest_text([row]) for row in encoded)
         raise UserError(f"all {len(rows)} rows are longer than --max_len {max_len}; the shortest has {shortest} tokens")
     return kept, {f"longer than {max_len} tokens": len(rows) - len(kept)}
 
 
-def describe(tokenizer, rows, dropped, dropped_dev):
-    """Print what is about to be trained on: lengths, drops, and one row with its trained tokens marked."""
+def longest_text(rows: list[dict]) -> int:
+    """Tokens of the longest text of encoded rows."""
+    return max(len(ids) for row in rows for ids, _ in row["texts"])
+
+
+def describe(tokenizer, rows: list[dict], dropped: dict[str, int], dropped_dev: dict[str, int]) -> dict:
+    """Print what a run trains on: lengths, dropped rows, and one row with its trained tokens marked.
+
+    Returns the same as fields of run.json.
+    """
     lengths = sorted(len(r["input_ids"]) for r in rows)
     drops = [f"{n} {why}" for why, n in dropped.items() if n]
     gone = ", ".join(drops + [f"{n} development rows {why}" for why, n in dropped_dev.items() if n])
     at = {q: lengths[min(int(len(lengths) * q / 100), len(lengths) - 1)] for q in (50, 95, 100)}
-    print(f"{len(rows)} rows; tokens a row: median {at[50]}, 95% {at[95]}, longest {at[100]}; {gone or 'none'} dropped")
+    print(f"{len(rows)} rows; tokens per row: median {at[50]}, 95% {at[95]}, max {at[100]}; {gone or 'none'} dropped")
     n = rows[0]["labels"].count(-100)
     prompt, trained = tokenizer.decode(rows[0]["input_ids"][:n]), tokenizer.decode(rows[0]["input_ids"][n:])
     print(f"one row, the trained tokens between >>> and <<<:\n{prompt}>>>{trained}<<<")
@@ -76,7 +123,8 @@ def describe(tokenizer, rows, dropped, dropped_dev):
     }
 
 
-def dataset(rows, *columns):
+def dataset(rows: list[dict], *columns: str):
+    """The columns of encoded rows as a datasets.Dataset, in the same order; None for no rows."""
     from datasets import Dataset
 
     return Dataset.from_dict({c: [r[c] for r in rows] for c in columns}) if rows else None

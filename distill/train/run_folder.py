@@ -5,79 +5,115 @@ import shlex
 import shutil
 import sys
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
-from common import fit_and_save, row_hash, task_file
+from common import Task, fit_and_save
 from distill.files import UserError, atomic_write, check_row, file_sha256, read_json, write_json
 from distill.model.hub import adapter_sha256
 from distill.run_record import run_record
 
-# what a resumed run may have otherwise; everything else must be the same, so that a new flag is never forgotten
-FREE = {"save_dir", "resume_from_checkpoint", "micro_batch", "max_vram_gb", "eval_steps", "teacher_timeout"}
+# flags that a resumed run may change; all others must be equal, so that a new flag is never forgotten
+CHANGEABLE = {"save_dir", "resume_from_checkpoint", "micro_batch", "max_vram_gb", "eval_steps", "teacher_timeout"}
 
 
-def may_start(args, route):
-    """Look before anything is overwritten or computed: the folder, and what --resume_from_checkpoint names.
+@dataclass(frozen=True)
+class Run:
+    """A training run as its folder records it.
 
-    A resumed run must be the same run: other rows would go unseen by the evaluation's overlap check.
-    -> {field: value} by which run.json tells the run from another.
+    route: sft, kd, dpo. settings: every flag and its value. identity: what a checkpoint must have in common with the
+    run that resumes it ("same" in run.json). checkpoint: the folder to resume from, or None.
+    """
+
+    route: str
+    folder: Path
+    student: str
+    data: Path
+    settings: dict
+    identity: dict[str, str]
+    checkpoint: Path | None
+
+    def record(self) -> dict:
+        """The first fields of its run.json."""
+        return {"route": self.route, "data_sha256": self.identity["data_sha256"], "same": self.identity}
+
+
+def check_run(
+    route: str,
+    save_dir: Path,
+    *,
+    student: str,
+    data: Path,
+    settings: dict,
+    resume: str | None = None,
+    inputs: dict[str, Path | str | None] | None = None,
+) -> Run:
+    """Check the folder and the checkpoint to resume from, before anything is overwritten or computed.
+
+    A resumed run must be the same run: it could otherwise be trained on rows that the evaluation's overlap check does
+    not know of.
+    settings: every flag and its value. resume: a checkpoint folder, or "last".
+    inputs: files and adapter folders, besides `data`, by the name of the flag. They may change while their path stays,
+    so their hashes are part of the run's identity; what is neither a file nor an adapter folder is left out.
+    Errors: UserError for a folder that holds something else, and for a checkpoint that is missing, damaged or of
+    another run.
     """
     if os.environ.get("OFFLOAD_FOLDER"):  # autograd would hold the weights of every layer
         print("OFFLOAD_FOLDER is not used in training")
-    now = {"route": route, "student": args.student, "data_sha256": file_sha256(args.data)}
-    now |= {k: str(v) for k, v in vars(args).items() if k not in FREE}
-    # what flags name may have changed behind the name
-    if task_file(args).is_file():
-        now["task_sha256"] = file_sha256(task_file(args))
-    for name in ("init_adapter", "teacher"):
-        if getattr(args, name, None) and (sha256 := adapter_sha256(getattr(args, name))):
-            now[f"{name}_sha256"] = sha256
-    checkpoints = checkpoints_in(args.save_dir)
-    if not args.resume_from_checkpoint:
-        if any((p / "trainer_state.json").is_file() for p in checkpoints):
-            raise UserError(f"{args.save_dir}: an unfinished run; expected --resume_from_checkpoint last")
-        if (Path(args.save_dir) / "README.md").is_file() and not (Path(args.save_dir) / "run.json").is_file():
-            raise UserError(f"{args.save_dir}: its README.md is no run's; expected --save_dir, a folder of its own")
-        return now
-    if args.resume_from_checkpoint == "last":
-        found = [p for p in checkpoints if (p / "trainer_state.json").is_file()]
-        if not found:
-            raise UserError(f"{args.save_dir}: no checkpoint to resume from; start without --resume_from_checkpoint")
-        args.resume_from_checkpoint = str(found[-1])
-    folder = Path(args.resume_from_checkpoint)
+    identity = {"route": route, "student": student, "data_sha256": file_sha256(data)}
+    identity |= {k: str(v) for k, v in settings.items() if k not in CHANGEABLE}
+    for name, path in (inputs or {}).items():
+        if path and (found := file_sha256(path) if Path(path).is_file() else adapter_sha256(path)):
+            identity[f"{name}_sha256"] = found
+    checkpoint = check_checkpoint(save_dir, resume, identity) if resume else None
+    if not resume:
+        if any((p / "trainer_state.json").is_file() for p in checkpoints_in(save_dir)):
+            raise UserError(f"{save_dir}: an unfinished run; expected --resume_from_checkpoint last")
+        if (save_dir / "README.md").is_file() and not (save_dir / "run.json").is_file():
+            raise UserError(f"{save_dir}: its README.md is not from a run; expected a --save_dir of its own")
+    settings = settings | {"resume_from_checkpoint": checkpoint and str(checkpoint)}
+    return Run(route, save_dir, student, data, settings, identity, checkpoint)
+
+
+def check_checkpoint(save_dir: Path, resume: str, identity: dict[str, str]) -> Path:
+    """The checkpoint folder that `resume` names; UserError unless it is whole and of the same run."""
+    if resume == "last":
+        whole = [p for p in checkpoints_in(save_dir) if (p / "trainer_state.json").is_file()]
+        if not whole:
+            raise UserError(f"{save_dir}: no checkpoint to resume from; start without --resume_from_checkpoint")
+        resume = whole[-1]
+    folder = Path(resume)
     if not (folder / "trainer_state.json").is_file():
-        raise UserError(f"{folder}: no checkpoint; expected a folder runs/NAME/checkpoint-STEP, or `last`")
+        raise UserError(f"{folder}: not a checkpoint; expected a folder runs/NAME/checkpoint-STEP, or `last`")
     damaged = damaged_file(folder)
     if damaged:
         raise UserError(f"{damaged}: missing or damaged; expected an earlier checkpoint, or {folder} removed")
     before = read_json(folder.parent / "run.json")
     check_row(folder.parent / "run.json", before, {"same": dict}, {})
-    before = before["same"]
-    for name, value in now.items():
-        if before.get(name) != value:
-            raise UserError(f"{folder}: field '{name}' of its run.json is {before.get(name)!r}; expected {value!r}")
-    return now
+    for name, value in identity.items():
+        if (old := before["same"].get(name)) != value:
+            raise UserError(f"{folder}: field '{name}' of its run.json is {old!r}; expected {value!r}")
+    return folder
 
 
-def start_run(args, route, same=None):
-    """Begin the run's folder -> the first fields of its record. same: of may_start, where it was asked long before."""
-    same = same or may_start(args, route)
-    if not args.resume_from_checkpoint and int(os.environ.get("RANK", 0)) == 0:
-        for part in checkpoints_in(args.save_dir):
-            if not (part / "trainer_state.json").is_file():  # of a run that was killed while it wrote its first
-                shutil.rmtree(part)
-        write_json(Path(args.save_dir) / "run.json", {"status": "started", "same": same, **run_record(args)})
-    return {"route": route, "data_sha256": same["data_sha256"], "same": same}
+def start_run(run: Run) -> None:
+    """Begin the run's folder: run.json with status "started". A resumed run keeps what is there."""
+    if run.checkpoint or int(os.environ.get("RANK", 0)):
+        return
+    for part in checkpoints_in(run.folder):
+        if not (part / "trainer_state.json").is_file():  # of a run that was killed while it wrote its first
+            shutil.rmtree(part)
+    write_json(run.folder / "run.json", {"status": "started", "same": run.identity, **run_record(run.settings)})
 
 
-def checkpoints_in(folder):
-    """Its checkpoint-STEP folders in the order of steps."""
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Its checkpoint-STEP folders, ordered by step."""
     found = [p for p in Path(folder).glob("checkpoint-*") if p.name.split("-")[1].isdecimal()]
     return sorted(found, key=lambda p: int(p.name.split("-")[1]))
 
 
-def damaged_file(checkpoint):
-    """The first file of a checkpoint folder that is not there or was not written to its end, or None."""
+def damaged_file(checkpoint: Path) -> Path | None:
+    """The first file of a checkpoint folder that is missing or was not written to its end, or None."""
     from safetensors import SafetensorError, safe_open
 
     fsdp = (checkpoint / "optimizer.bin").is_file()
@@ -89,7 +125,7 @@ def damaged_file(checkpoint):
                 check_row(path, read_json(path), {"global_step": int}, {})
             elif path.suffix == ".safetensors":
                 safe_open(path, "pt")
-            elif not zipfile.is_zipfile(path):  # torch.save writes one, its directory last
+            elif not zipfile.is_zipfile(path):  # torch.save writes a zip file, its directory last
                 return path
         except (UserError, SafetensorError, OSError):
             return path
@@ -97,21 +133,33 @@ def damaged_file(checkpoint):
     return next((path for path in states if not zipfile.is_zipfile(path)), None)
 
 
-def finish(trainer, args, task, weights, scores, record, prompts):
-    """The adapter folder: weights in bf16, task, calibration fitted on development rows, curve, run.json, card."""
-    folder, model = Path(args.save_dir), trainer.model
+def finish_run(
+    run: Run,
+    model,
+    weights: dict,
+    record: dict,
+    *,
+    hashes: set[str],
+    history: list[dict],
+    task: Task | None = None,
+    scores: tuple | None = None,
+) -> None:
+    """Write the adapter folder: weights, task, calibration, train_rows.txt, curve, run.json, model card.
+
+    model: the PeftModel. weights: its adapter's tensors as they are written. record: fields of run.json; gets "dev".
+    hashes: of the rows trained on. history: the trainer's log history.
+    scores: (raw [N, L], prior [L], classes [N]) of development rows, which the calibration is fitted on.
+    Errors: UserError for weights that are not finite, before anything is written.
+    """
+    folder = run.folder
     if not any(w.any() for name, w in weights.items() if "lora_B" in name):
         print(
-            f"warning: {folder}: its best step changed nothing, so no stage will take it; more --max_steps",
+            f"warning: {folder}: its best step changed nothing, so no stage will load it; expected more --max_steps",
             file=sys.stderr,
         )
     broken = [k for k, v in weights.items() if not v.isfinite().all()]
     if broken:
         raise UserError(f"{folder}: {broken[0]} holds NaN or infinity, so it is not written; expected a smaller --lr")
-    hashes = {row_hash(p) for p in prompts}
-    started_from = getattr(args, "init_adapter", None)
-    if started_from and (started_from / "train_rows.txt").is_file():
-        hashes |= set((started_from / "train_rows.txt").read_text(encoding="utf-8").split())
     with atomic_write(folder / "train_rows.txt") as f:  # first: no weights without what an evaluation compares
         f.writelines(h + "\n" for h in sorted(hashes))
     for stale in ("calibration.json", "task.json"):
@@ -127,9 +175,9 @@ def finish(trainer, args, task, weights, scores, record, prompts):
         raw, prior, y = scores
         fit = fit_and_save(folder, task, raw, prior, y)
         record["dev"] = {"rows": len(y), "accuracy": float((fit(raw, prior).argmax(1) == y).mean())}
-    draw_curve(trainer.state.log_history, folder / "curve.png")
-    write_json(folder / "run.json", {"status": "finished", **record, **run_record(args)})
-    write_card(folder, record, args)
+    draw_curve(history, folder / "curve.png")
+    write_json(folder / "run.json", {"status": "finished", **record, **run_record(run.settings)})
+    write_card(run, record, model.peft_config["default"].r)
     for checkpoint in folder.glob("checkpoint-*"):  # the best of them is the adapter now
         shutil.rmtree(checkpoint)
     peak = f", peak {record['peak_gib']} GiB" if record["peak_gib"] else ""
@@ -140,22 +188,8 @@ def finish(trainer, args, task, weights, scores, record, prompts):
         )
 
 
-SHOWN = {
-    "loss": "loss",
-    "learning_rate": "learning rate",
-    "eval_loss": "development loss",
-    "eval_accuracy": "accuracy",
-    "eval_label_log_loss": "label log-loss",
-}
-
-
-def step_line(step, logs):
-    """One line for the terminal of all that a trainer logs at a step."""
-    return f"step {step}: " + ", ".join(f"{name} {logs[key]:.4g}" for key, name in SHOWN.items() if key in logs)
-
-
-def draw_curve(history, path):
-    """Loss, and development accuracy where there is one, by step."""
+def draw_curve(history: list[dict], path: Path) -> None:
+    """Draw the loss by step, and the development accuracy if there is one."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -181,17 +215,18 @@ def draw_curve(history, path):
 HUB = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # what the hub and vLLM call the embedded student
 
 
-def write_card(folder, record, args):
+def write_card(run: Run, record: dict, lora_r: int) -> None:
+    """README.md of the adapter folder: a model card for the hub, with the command that made it."""
     lines = [
         "---",
-        f"base_model: {HUB.get(args.student, args.student)}",
+        f"base_model: {HUB.get(run.student, run.student)}",
         "library_name: peft",
         "---",
-        f"# {folder.name}",
+        f"# {run.folder.name}",
         "",
-        f"LoRA adapter (r={args.lora_r}) for `{args.student}`, route {record['route'].upper()}, made by Distill-SLM.",
+        f"LoRA adapter (r={lora_r}) for `{run.student}`, route {run.route.upper()}, made by Distill-SLM.",
         "",
-        f"- data: `{args.data}`, {record['rows']} rows after the development split"
+        f"- data: `{run.data}`, {record['rows']} rows after the development split"
         + (f", task `{record['task']}`" if record["task"] else ""),
         f"- {record['steps']} steps, {record['precision']}, {record['seconds']} s, {record['samples_per_s']} samples/s",
     ]
@@ -200,9 +235,9 @@ def write_card(folder, record, args):
             f"- development accuracy {record['dev']['accuracy']:.3f} on {record['dev']['rows']} rows (fitted), those "
             "that chose checkpoint and calibration: eval_creditmix.py has the held-out figure"
         )
-    given = {k: v for k, v in vars(args).items() if v is not None and k != "resume_from_checkpoint"}
+    given = {k: v for k, v in run.settings.items() if v is not None and k != "resume_from_checkpoint"}
     flags = shlex.join(str(word) for k, v in given.items() for word in (f"--{k}", v))
     lines += ["", "Made by:", "", f"    python {Path(sys.argv[0]).name} {flags}", ""]
-    lines += ["Its text comes from `run.json` beside it, which holds versions, hardware and the loss.", ""]
-    with atomic_write(folder / "README.md") as f:
+    lines += ["The figures are those of `run.json`, which also has versions, hardware and the loss.", ""]
+    with atomic_write(run.folder / "README.md") as f:
         f.write("\n".join(lines))

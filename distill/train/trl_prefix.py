@@ -1,4 +1,4 @@
-"""The one patch of TRL's forward pass: rows that begin alike compute their common beginning once."""
+"""The one patch of TRL's forward pass: rows with a common prefix compute it once."""
 
 import functools
 
@@ -7,12 +7,13 @@ import torch
 from distill.model.token_tree import additive, pack_rows
 
 
-def share_prefixes(model, pad, group=None):
-    """Make the forward pass that TRL trains with compute common beginnings once; same loss and gradients (issue 4).
+def share_prefixes(model, pad: int, group: int | None = None) -> None:
+    """Replace model.forward by one that computes common prefixes once, with the same loss and gradients.
 
     TRL calls model(input_ids, attention_mask, labels, fused_lm_head=True) with N padded rows and reads per-token
-    values [N, T - 1]. Here every `group` rows become one tree (the task's head once for all, a prompt once for chosen
-    and rejected), and the values are put back where TRL expects them.
+    values [N, T - 1]. Here each `group` of rows becomes one token tree (the task's prefix once for all, a prompt once
+    for chosen and rejected), and the values are put back where TRL expects them. Other calls are left as they are.
+    pad: token id of padding.
     """
     plain = model.forward
 
@@ -23,7 +24,7 @@ def share_prefixes(model, pad, group=None):
         input_ids, labels, attention = (kwargs.pop(k) for k in ("input_ids", "labels", "attention_mask"))
         lengths, targets = attention.sum(1).tolist(), labels.tolist()
         rows = [ids[:n] for ids, n in zip(input_ids.tolist(), lengths, strict=True)]
-        # the token in front of the first trained one predicts it, so each row keeps its own
+        # the token before the first trained one predicts it, so each row keeps its own
         limits = [
             next((i for i, t in enumerate(row) if t != -100), n) - 1 for row, n in zip(targets, lengths, strict=True)
         ]
@@ -51,7 +52,7 @@ def share_prefixes(model, pad, group=None):
     model.forward = forward
 
 
-def trained_positions(logits, target):
+def trained_positions(logits: torch.Tensor, target: torch.Tensor):
     """TRL's FusedCausalLMOutput from the logits [K, V] of the K positions whose target [B, T] is not -100."""
     from trl.trainer.utils import FusedCausalLMOutput
 

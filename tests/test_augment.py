@@ -1,13 +1,18 @@
-"""Swap noise on label rows, and the trainers that take it."""
+"""Swap augmentation of label rows, and the trainers that use it."""
 
 import json
-from argparse import Namespace
 from collections import Counter
 
 import pytest
 
+from common import prompt_of, row_hash
 from distill.files import UserError
-from distill.tasks.augment import noisy_copies, prompts_of, swap_noise
+from distill.tasks.augment import swap_label_rows
+from distill.train.arguments import passes_over
+
+
+def swapped(rows, task, share, passes, seed):
+    return swap_label_rows(rows, task, prompt="input", label="output", share=share, passes=passes, seed=seed)
 
 
 def rows_of(task, n=40):
@@ -23,7 +28,7 @@ def test_values_come_from_rows_of_the_same_label_and_field(task):
     rows, owner = rows_of(task), {}
     for i, row in enumerate(rows):
         owner |= dict.fromkeys([f"Age: {i}.0", f"Occupation: Job_{i}", f"Outstanding Debt: {1000 + i}.50"], row)
-    noisy = swap_noise(rows, "input", "output", task, 0.5, 5, seed=1)
+    noisy = swapped(rows, task, 0.5, 5, seed=1)
     assert len(noisy) == 200 and Counter(r["group"] for r in noisy) == Counter({str(i): 5 for i in range(40)})
     kept = 0
     for row in noisy:
@@ -38,29 +43,26 @@ def test_values_come_from_rows_of_the_same_label_and_field(task):
 
 def test_share_0_changes_nothing_and_the_seed_decides(task):
     rows = rows_of(task)
-    still = swap_noise(rows, "input", "output", task, 0.0, 1, seed=1)
-    assert still == [{**row, "as_it_was": row["input"]} for row in rows]
-    first, again, other = (swap_noise(rows, "input", "output", task, 0.7, 1, seed) for seed in (1, 1, 2))
+    assert swapped(rows, task, 0.0, 1, seed=1) == rows
+    first, again, other = (swapped(rows, task, 0.7, 1, seed) for seed in (1, 1, 2))
     assert first == again != other
 
 
 @pytest.mark.parametrize(("max_steps", "epochs", "passes"), [(None, 3, 3), (None, 2.5, 3), (10, 3, 2), (11, 1, 3)])
 def test_as_many_copies_as_the_run_makes_passes(task, max_steps, epochs, passes):
-    rows = rows_of(task)
-    args = Namespace(swap_noise=0.9, max_steps=max_steps, epochs=epochs, batch_size=8, seed=1)
-    noisy, made = noisy_copies(args, rows, "input", "output", task)
-    assert made == passes and len(noisy) == 40 * passes
-    assert noisy[0]["input"] != noisy[40]["input"] and prompts_of(noisy) == [r["input"] for r in rows]
-    args.swap_noise = 0.0
-    assert noisy_copies(args, rows, "input", "output", task) == (rows, 1)
+    rows = [{**row, "hashes": [str(i)]} for i, row in enumerate(rows_of(task))]
+    assert passes_over(len(rows), epochs=epochs, max_steps=max_steps, batch_size=8) == passes
+    copies = swapped(rows, task, 0.9, passes, seed=1)
+    assert len(copies) == 40 * passes and copies[0]["input"] != copies[40]["input"]
+    assert [r["hashes"] for r in copies] == [r["hashes"] for r in rows] * passes  # what an evaluation compares
 
 
 def test_texts_without_fields_are_refused(task):
     rows = [{"input": task.prompt("free text"), "output": "Good"}]
     with pytest.raises(UserError, match="expected texts like 'Key: value, Key: value', got 'free text'"):
-        swap_noise(rows, "input", "output", task, 0.5, 1, 0)
+        swapped(rows, task, 0.5, 1, 0)
     with pytest.raises(UserError, match="expected a label task"):
-        swap_noise(rows, "input", "output", None, 0.5, 1, 0)
+        swapped(rows, None, 0.5, 1, 0)
 
 
 @pytest.mark.parametrize("route", ["sft", "dpo"])
@@ -75,15 +77,17 @@ def test_a_trainer_draws_each_pass_anew_and_records_the_rows_as_they_were(run, t
     done = run(f"{route}_train.py", *flags, "--swap_noise", 0.5, "--dev_rows", 4, "--lr", 0.01)
     assert done.returncode == 0, done.stderr[-2000:]
     record = json.loads((tmp_path / "a" / "run.json").read_text())
-    trained = len((tmp_path / "a" / "train_rows.txt").read_text().split())
+    hashes = set((tmp_path / "a" / "train_rows.txt").read_text().split())
+    assert hashes <= {row_hash(prompt_of(row)) for row in rows}  # of the originals, not of the copies
+    trained = len(hashes)
     assert record["args"]["swap_noise"] == 0.5 and 30 <= trained <= 39
     assert record["steps"] == -(-2 * trained // 8)  # two passes as asked, not two times two
     card = (tmp_path / "a" / "README.md").read_text().splitlines()
-    again = next(line for line in card if f"{route}_train.py" in line).split()[2:]  # the command that the card tells
+    again = next(line for line in card if f"{route}_train.py" in line).split()[2:]  # the command in the card
     again[again.index("--save_dir") + 1] = str(tmp_path / "c")
     assert "--swap_noise" in again and run(f"{route}_train.py", *again).returncode == 0
     one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "ac")
     assert one == two
 
-    refused = run(f"{route}_train.py", *flags[:4], "--save_dir", tmp_path / "b", "--swap_noise", 1.5)
+    refused = run(f"{route}_train.py", *flags[:4], "--save_dir", tmp_path / "b", "--swap_augmentation", 1.5)
     assert refused.returncode == 2 and "from 0 to 1" in refused.stderr
