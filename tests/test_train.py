@@ -449,8 +449,8 @@ def rows_for(route, tokenizer, task, n=12):
     return encode(tokenizer, rows, 1024, "prompt", "chosen", "rejected")[0], columns[route]
 
 
-def weights_after(route, tiny, task, folder, upset=None, gpus=1):
-    """LoRA weights and loss after two steps of 2 x 6 rows without dropout; upset(model) breaks it before training."""
+def make_trainer(route, tiny, task, folder, gpus=1):
+    """A trainer of two steps of 2 x 6 rows, without dropout."""
     from trl import DPOConfig, SFTConfig, SFTTrainer
 
     from common import label_trie, load_base
@@ -495,14 +495,40 @@ def weights_after(route, tiny, task, folder, upset=None, gpus=1):
     rows, columns = rows_for(route, tokenizer, task)
     data = dataset(rows, *columns)
     torch.manual_seed(0)
-    trainer = kind(
+    return kind(
         model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=adapter, train_rows=rows
     )
+
+
+def weights_after(route, tiny, task, folder, upset=None, gpus=1):
+    """LoRA weights and loss after its two steps, and the trainer; upset(model) breaks the model before training."""
+    trainer = make_trainer(route, tiny, task, folder, gpus)
     if upset:
         upset(trainer.model.get_base_model().model)
     loss = trainer.train().training_loss
     weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
     return weights, loss, trainer
+
+
+@pytest.mark.parametrize("route", ["sft", "kd", "dpo"])
+def test_rows_at_once_are_those_whose_step_fits(tiny, task, tmp_path, capsys, route):
+    from distill.train.out_of_memory import fit_micro_batch
+
+    trainer, sizes = make_trainer(route, tiny, task, tmp_path), []
+
+    def too_large(module, args, kwargs):
+        sizes.append(kwargs["input_ids"].numel())
+        if sizes[-1] > 0.6 * sizes[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    hook = trainer.model.get_base_model().model.register_forward_pre_hook(too_large, with_kwargs=True)
+    fit_micro_batch(trainer)
+    hook.remove()
+    found = trainer.args.per_device_train_batch_size
+    assert len(sizes) > 1 and found < 6 and trainer.args.gradient_accumulation_steps * found == 12
+    assert "6 rows at once do not fit this GPU" in capsys.readouterr().out
+    assert all(p.grad is None for p in trainer.model.parameters())
+    assert trainer.train().global_step == 2
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])

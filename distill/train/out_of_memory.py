@@ -61,8 +61,10 @@ class SplitsOnOutOfMemory:
 
     @contextlib.contextmanager
     def part_of_batch(self, part: list[dict], rows: list[dict]):
-        """Around the loss of `part` of the micro-batch `rows`. The default is right for a loss that is a mean over
-        rows or a sum over tokens; a trainer with another mean overrides it."""
+        """A context in which the loss of `part`, out of the micro-batch `rows`, is computed.
+
+        Nothing to do for a mean over rows or a sum over tokens; a trainer whose loss has another mean overrides it.
+        """
         yield
 
     def get_train_dataloader(self):  # a batch that does not fit is collated again from its rows, in parts
