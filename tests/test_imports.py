@@ -1,6 +1,9 @@
-"""The house: imports point down only, and no script imports another."""
+"""The house: imports point down only, no script imports another, and each library that is imported is pinned."""
 
 import ast
+import re
+import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -82,3 +85,20 @@ def test_no_file_is_too_long_to_be_read(pattern, most):
 
 def test_common_stays_small():
     assert len((ROOT / "common.py").read_text().splitlines()) < 500
+
+
+def test_every_library_that_is_imported_is_pinned():
+    text = "".join(path.read_text() for path in ROOT.glob("requirements*.txt"))
+    lines = [line for line in text.splitlines() if not line.startswith(("#", "-r"))]
+    pinned = {re.sub("[-_.]+", "-", line.partition("==")[0].partition("[")[0]).lower() for line in lines}
+    assert [line for line in lines if not re.fullmatch(r"[\w-]+(\[[\w,-]+\])?==[\w.]+", line)] == []
+    files = [*FILES, *ROOT.glob("tests/*.py")]
+    names = {name.partition(".")[0] for path in files for _, name in imported(path)}
+    own = {"distill", *(path.stem for path in files)}
+    distributions = packages_distributions()
+    unpinned = {
+        name: distributions.get(name, [name])
+        for name in names - own - set(sys.stdlib_module_names)
+        if not pinned & {re.sub("[-_.]+", "-", found).lower() for found in distributions.get(name, [name])}
+    }
+    assert len(names) > 20 and unpinned == {}
