@@ -122,12 +122,13 @@ def group_hash(group):
     return sha256(group)[:12]
 
 
-def holdout(rows, seed=SEED, frac=VAL_FRAC):
+def holdout(rows, seed=SEED, frac=VAL_FRAC, start=0.0):
     """Split rows (dicts with a "group") into (training, held out) so that no group is on both sides.
 
-    A smaller `frac` holds out a subset of what a larger one does, so evaluating on less than was kept apart is safe.
+    Held out are the groups whose hash lies in [start, start + frac). A smaller `frac` holds out a subset of what a
+    larger one does, so it is safe to evaluate on less than was held out. Starts 0 and 0.5 with frac 0.5 are two halves.
     """
-    held = [unit_hash(f"holdout:{seed}", r["group"]) < frac for r in rows]
+    held = [start <= unit_hash(f"holdout:{seed}", r["group"]) < start + frac for r in rows]
     return [r for r, h in zip(rows, held, strict=True) if not h], [r for r, h in zip(rows, held, strict=True) if h]
 
 

@@ -179,7 +179,7 @@ def main(args):
     out = args.out or Path("runs/reports") / datetime.now().strftime("idp-%Y%m%d-%H%M%S")
     schema = read_json(args.schema)
     grammar = check_schema(schema)
-    _, rows = holdout(read_corpus(args.data, schema, args.group_field), args.seed, args.val_frac)
+    _, rows = holdout(read_corpus(args.data, schema, args.group_field), args.seed, args.val_frac, args.val_start)
     rows = rows[: args.limit]
     if not rows:
         raise UserError(f"{args.data}: no held-out rows; expected more groups or a larger --val_frac")
@@ -220,6 +220,7 @@ if __name__ == "__main__":
     p.add_argument("--out", type=Path, help="folder of the report (default runs/reports/idp-<time>)")
     p.add_argument("--group_field", default="company", help="as given to idp_prepare.py (default company)")
     p.add_argument("--val_frac", type=float, default=0.33, help="share of the groups held out (default 0.33)")
+    p.add_argument("--val_start", type=float, default=0.0, help="as given to idp_prepare.py (default 0)")
     p.add_argument("--seed", type=int, default=SEED, help=f"of the split (default {SEED})")
     p.add_argument("--limit", type=int, help="only the first n held-out documents (default: all)")
     p.add_argument("--max_new_tokens", type=int, default=512, help="tokens of one answer (default 512)")

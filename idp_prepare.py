@@ -8,9 +8,10 @@ with the repository is generated, the same for the same seed (a second on a CPU)
 
     python idp_prepare.py --synthesize 600 --src data/idp_corpus.jsonl --schema data/idp_schema.json --outdir data
 
-A corpus row is {"document", "gold"[, "group"]}. The group owns the template; without one it is the gold's company.
-No group is on both sides of the split, and no held-out row is written. eval_idp.py reaches the same split from the
-same file, seed and fraction.
+A corpus row is {"document", "gold"[, "group"]}, or {"document", "teacher"} where only a large model has answered. Such
+rows become KD rows beside the gold, unless they tell of a held-out company. A group shares a template; without one it
+is the company. No group is on both sides of the split, and no held-out row is written. eval_idp.py recomputes the split
+from the same file, seed and fraction.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from pathlib import Path
 from common import SEED, dev_split, group_hash, holdout, row_hash
 from distill.files import UserError, between, cli, read_json, read_rows, write_jsonl
 from distill.tasks.augment import swap_document_values
-from distill.tasks.idp_corpus import read_corpus, rejected_answer
+from distill.tasks.idp_corpus import read_answers, rejected_answer, without_held_out
 from distill.tasks.idp_documents import idp_prompt
 from distill.tasks.idp_schema import check_schema, compact, in_schema_order, validator
 from distill.tasks.idp_synthetic import synthesize
@@ -31,51 +32,85 @@ def main(args):
     schema = read_json(args.schema)
     check_schema(schema)
     if args.synthesize:
-        write_jsonl(args.src, synthesize(args.synthesize, args.seed))
-    rows = read_corpus(args.src, schema, args.group_field)
-    answers = [row["gold"] for row in rows]
+        write_jsonl(args.src[0], synthesize(args.synthesize, args.seed))
+    rows, invalid = read_answers(args.src, schema, args.group_field)
     if args.teacher:
         taught = read_rows(args.teacher, {"line": int, "output": (dict, list)})
         if [r["line"] for r in taught] != list(range(1, len(rows) + 1)):
-            raise UserError(f"{args.teacher}: expected one result a row of {args.src}, as infer_idp.py writes them")
-        answers = [r["output"] for r in taught]
-    judge, rng = validator(schema), random.Random(args.seed)
-    train, held = holdout([{**r, "teacher": a} for r, a in zip(rows, answers, strict=True)], args.seed, args.val_frac)
-    if not train:
-        raise UserError(f"{args.src}: all {len(rows)} rows are held out; expected more groups or a smaller --val_frac")
-    train = [{**row, "group": group_hash(row["group"])} for row in train]
-    own, _ = dev_split(train, args.seed)  # the trainers' development rows stay as they are and lend no value
-    own = [{**row, "copy_of": row_hash(idp_prompt(schema, row["document"]))} for row in own]
-    copies = swap_document_values(own, copies=args.copies, rng=rng)
-    # a teacher answered the documents as they were
-    copies = [{**row, "teacher": None if args.teacher else row["gold"]} for row in copies]
+            raise UserError(
+                f"{args.teacher}: expected one result per row of {args.src[0]}, as infer_idp.py writes them"
+            )
+        rows = [{**row, "teacher": r["output"]} for row, r in zip(rows, taught, strict=True)]
+
+    # Held out by company, among documents with gold. The teacher's rows must not tell of a held-out one.
+    gold_rows, teacher_rows = [r for r in rows if "gold" in r], [r for r in rows if "gold" not in r]
+    train, held = holdout(gold_rows, args.seed, args.val_frac, args.val_start)
+    if not train and not teacher_rows:
+        raise UserError(
+            f"{args.src[0]}: all {len(rows)} rows are held out; expected more groups or a smaller --val_frac"
+        )
+    teacher_rows, leaking = without_held_out(teacher_rows, held, args.group_field)
+
+    # Copies with swapped values, not of the trainers' development rows. A teacher answered the documents as they were.
+    rng = random.Random(args.seed)
+    train, teacher_rows = ([{**r, "group": group_hash(r["group"])} for r in side] for side in (train, teacher_rows))
+    train += copies_of(train, "gold", schema, args.copies, args.seed, rng)
+    teacher_rows += copies_of(teacher_rows, "teacher", schema, args.copies, args.seed, rng)
+
+    judge = validator(schema)
     sft, kd, dpo, made = [], [], [], Counter()
-    for row in train + copies:
-        prompt = idp_prompt(schema, row["document"])
-        source = {"group": row["group"]} | ({"copy_of": row["copy_of"]} if "copy_of" in row else {})
-        gold = compact(in_schema_order(row["gold"], schema))
-        sft.append({"input": prompt, "output": gold, **source})
-        if row["teacher"] is not None:
-            teacher = compact(in_schema_order(row["teacher"], schema))
-            kd.append({"input": prompt, "teacher_output": teacher, **source})
+    for row in train:
+        gold, source = compact(in_schema_order(row["gold"], schema)), source_of(row, schema)
+        sft.append({"input": source["input"], "output": gold, **source})
         wrong = rejected_answer(row, judge, rng)
         made[wrong[0] if wrong else "none possible: no DPO row"] += 1
         if wrong:
             rejected = compact(in_schema_order(wrong[1], schema))
-            dpo.append({"prompt": prompt, "chosen": gold, "rejected": rejected, **source})
+            pair = {k: v for k, v in source.items() if k != "input"}
+            dpo.append({"prompt": source["input"], "chosen": gold, "rejected": rejected, **pair})
+    for row in train * args.repeat_gold + teacher_rows:
+        if args.teacher and "copy_of" in row:
+            continue
+        answer, source = row.get("teacher", row.get("gold")), source_of(row, schema)
+        kd.append({"input": source["input"], "teacher_output": compact(in_schema_order(answer, schema)), **source})
     for name, out in (("sft", sft), ("kd", kd), ("dpo", dpo)):
         write_jsonl(args.outdir / f"idp_{name}.jsonl", out)
         print(f"{args.outdir}/idp_{name}.jsonl: {len(out)} rows")
-    print(f"{len(train)} training documents and {len(copies)} copies with exchanged values")
+    copies = sum("copy_of" in r for r in train + teacher_rows)
+    print(f"{len(train) + len(teacher_rows) - copies} training documents and {copies} copies with swapped values")
     print(f"{len(held)} documents held out, {len({r['group'] for r in held})} groups of these")
+    if invalid or leaking:
+        print(f"teacher's answers left out: {invalid} not of the schema, {leaking} of held-out companies or documents")
     print("rejected answers:", ", ".join(f"{k} {n}" for k, n in made.most_common()))
-    if not args.teacher:
+    if not args.teacher and not teacher_rows:
         print("KD rows teach the gold itself; --teacher takes a larger model's answers from infer_idp.py")
+
+
+def copies_of(rows, answer, schema, copies, seed, rng):
+    """`copies` copies of the rows outside the development split, with values of others in document and row[answer]."""
+    own, _ = dev_split(rows, seed)
+    own = [{**r, "gold": r[answer], "copy_of": row_hash(idp_prompt(schema, r["document"]))} for r in own]
+    swapped = swap_document_values(own, copies=copies, rng=rng)
+    return [
+        {k: v for k, v in {**r, answer: r["gold"]}.items() if k in ("document", answer, "group", "copy_of")}
+        for r in swapped
+    ]
+
+
+def source_of(row, schema):
+    """The prompt of a row, and the fields by which splits and the overlap check know it."""
+    return {"input": idp_prompt(schema, row["document"])} | {k: row[k] for k in ("group", "copy_of") if k in row}
 
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--src", required=True, type=Path, help='corpus: JSONL rows {"document", "gold"[, "group"]}')
+    p.add_argument(
+        "--src",
+        required=True,
+        type=Path,
+        nargs="+",
+        help='corpora: JSONL rows {"document", "gold" or "teacher"[, "group"]}',
+    )
     p.add_argument("--schema", required=True, type=Path, help="JSON Schema that every gold is checked against")
     p.add_argument("--outdir", required=True, type=Path, help="folder of idp_sft.jsonl, idp_kd.jsonl, idp_dpo.jsonl")
     p.add_argument("--synthesize", type=int, default=0, metavar="N", help="first write N generated rows to --src")
@@ -88,5 +123,14 @@ if __name__ == "__main__":
     )
     p.add_argument("--group_field", default="company", help="the gold's field that names the group (default company)")
     p.add_argument("--val_frac", type=float, default=0.33, help="share of the groups held out (default 0.33)")
+    p.add_argument(
+        "--val_start", type=float, default=0.0, help="where they begin: 0.5 holds out the other half (default 0)"
+    )
+    p.add_argument(
+        "--repeat_gold",
+        type=between(int, 0, 100),
+        default=1,
+        help="times each gold row stands among the KD rows (default 1)",
+    )
     p.add_argument("--seed", type=int, default=SEED, help=f"of split, generation and mistakes (default {SEED})")
     cli(main, p)

@@ -1,10 +1,12 @@
 """Files and errors: one line for the user where something is wrong with a file, and no file half-written."""
 
+import gzip
 import hashlib
 import json
 import os
 import re
 import sys
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -157,7 +159,10 @@ def read_text(path):
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        text = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+        raise UserError(f"{path}: not a gzip file: {one_line(e)}") from None
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: expected UTF-8 text, byte {e.start} is none") from None
     if not text.strip():

@@ -1,19 +1,39 @@
 #!/usr/bin/env bash
-# The README's IDP table on a GPU: the embedded student, each route trained, then evaluated with the base.
-# Usage: bash runs/idp.sh SROIE OUT     SROIE: JSONL of document and gold (not shipped)
-# A small student leaves a large GPU idle, so the routes train side by side; on an 8 GB card run them one by one.
+# IDP from a large model: gold alone, the model's answers alone, and both, on the embedded student. Tested on SROIE's gold by
+# company in two halves, so that each receipt is tested once by a model that saw neither its company's gold nor the large
+# model's answers about it (idp_prepare.py states the rule).
+#   bash runs/idp.sh SROIE TEACHER OUT     JSONL of {"document", "gold"} and of {"document", "teacher"}; not shipped
 set -euo pipefail
-sroie=$1 out=$2
-export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
-train() {  # ROUTE FLAG...
-  local route=$1; shift
-  python "${route}_train.py" --student smollm2-135m --data "$out/idp_$route.jsonl" --save_dir "$out/idp_$route" \
-    --max_len 1400 --batch_size 8 --eval_steps 1000 "$@" > "$out/idp_$route.log" 2>&1
+cd "$(dirname "$0")/.."; source runs/jobs.sh
+sroie=$1 teacher=$2 out=$3
+schema=data/sroie_schema.json
+prepare() {  # NAME START FLAG...
+  python idp_prepare.py --src "$sroie" ${4:+"$4"} --schema $schema --outdir "$out/data-$1-$2" --val_frac 0.5 --val_start "$2" $3
 }
-python idp_prepare.py --src "$sroie" --schema data/sroie_schema.json --outdir "$out" --val_frac 0.5 --copies 6
-train kd --lr 5e-4 --max_steps 240 & kd=$!
-train sft --lr 1e-3 --max_steps 240
-train dpo --lr 5e-5 --max_steps 60 --init_adapter "$out/idp_sft"
-wait "$kd"
-python eval_idp.py --model_dir smollm2-135m "$out"/idp_{sft,kd,dpo} --data "$sroie" --schema data/sroie_schema.json \
-  --val_frac 0.5 --max_new_tokens 160 --batch_size 174 --out "$out/idp_report"
+train() {  # NAME START ROUTE FLAG...
+  python "$3_train.py" --student smollm2-135m --data "$out/data-$1-$2/idp_$3.jsonl" --save_dir "$out/$5-$2" --max_len 1400 \
+    --batch_size 32 --lr 2e-3 $4 "${@:6}"
+}
+for half in 0 0.5; do
+  job "$out/prepare-gold-$half.log" prepare gold $half "--copies 6"
+  job "$out/prepare-teacher-$half.log" prepare teacher $half "--copies 3 --repeat_gold 0" "$teacher"
+  job "$out/prepare-both-$half.log" prepare both $half "--copies 3 --repeat_gold 2" "$teacher"
+done; finish
+for half in 0 0.5; do
+  for seed in ${SEEDS:-42 43 44}; do
+    job "$out/both-$seed-$half.log" train both $half kd "--max_steps 450" both-$seed --seed $seed
+  done
+  job "$out/sft-$half.log" train gold $half sft "--max_steps 240" sft
+  job "$out/sft-slow-$half.log" train gold $half sft "--max_steps 240 --lr 1e-3 --batch_size 8" sft-slow
+  job "$out/teacher-$half.log" train teacher $half kd "--max_steps 450" teacher
+done; finish
+for half in 0 0.5; do
+  for name in smollm2-135m "$out"/{sft,sft-slow,teacher,both-*}-$half; do
+    [ -e "$name/adapter_config.json" ] || [ "$name" = smollm2-135m ] || continue
+    own=$out/report-$(basename "$name" "-$half")-$half
+    job "$own.log" python eval_idp.py --model_dir "$name" --data "$sroie" --schema $schema --val_frac 0.5 --val_start $half \
+      --max_new_tokens 160 --batch_size 64 --out "$own"
+  done
+done; finish
+python eval_idp.py --pool "$out"/report-*-0 --out "$out/pooled" 2>/dev/null || true
+for report in "$out"/report-*/report.txt; do echo "== $report"; cat "$report"; done

@@ -1,5 +1,6 @@
 """idp_prepare.py and eval_idp.py: the corpus, the split, the rejected answers, and the metrics by hand."""
 
+import gzip
 import json
 import random
 import re
@@ -11,7 +12,7 @@ from conftest import ROOT
 from common import dev_split, row_hash
 from distill.files import UserError, read_json
 from distill.tasks.augment import shown_values, swap_values
-from distill.tasks.idp_corpus import mistakes, read_corpus
+from distill.tasks.idp_corpus import mistakes, read_answers, read_corpus, without_held_out
 from distill.tasks.idp_documents import idp_prompt
 from distill.tasks.idp_schema import validator
 from distill.tasks.idp_score import canonical, edit_similarity, f1_scores, field_counts, free_value, regex_receipt
@@ -270,3 +271,63 @@ def test_copies_hold_no_value_of_held_out_or_development_rows(run, tmp_path):
     lent = {json.loads(r["output"])["company"] for r in train}
     assert not lent & {json.loads(r["output"])["company"] for r in dev}
     assert lent <= {json.loads(r["output"])["company"] for r in rows[:n]} and len({r["output"] for r in train}) > n
+
+
+# What a large model answered
+
+
+def receipt(company, total="80.90", extra=""):
+    text = RECEIPT.replace("YONG ENTERPRISE", company).replace("80.90", total) + extra
+    return {"document": text}, {**GOLD, "company": company, "total": total}
+
+
+@pytest.mark.parametrize(
+    ("company", "document", "leaks"),
+    [
+        ("YONG ENTERPRISE", "another receipt", True),  # the same company
+        ("Yong Enterprise Sdn. Bhd.", "another receipt", True),  # in another spelling
+        ("GARDENIA BAKERIE (KL) SDN BHD", "another receipt", True),  # a letter misread
+        ("SOME SHOP", "invoice of GARDENIA  BAKERIES (KL)", True),  # named in the document
+        ("SOME SHOP", "SOMEWHERE\n" + RECEIPT, True),  # the same receipt, its company misread
+        ("SOME SHOP", "a receipt of a shop that nobody holds out", False),
+        (None, "a receipt without a company", False),
+    ],
+)
+def test_a_teachers_row_that_tells_of_a_held_out_company_is_dropped(company, document, leaks):
+    held = [{"document": RECEIPT, "gold": GOLD}]
+    held.append({"document": "x", "gold": {**GOLD, "company": "GARDENIA BAKERIES (KL) SDN BHD"}})
+    rows = [{"document": document, "teacher": {**GOLD, "company": company}}]
+    assert without_held_out(rows, held, "company") == ([] if leaks else rows, int(leaks))
+
+
+def test_rows_that_only_a_large_model_answered_become_kd_rows(run, jsonl, tmp_path):
+    gold = [{**d, "gold": g} for d, g in (receipt(f"SHOP {'ABCDEFGHIJ'[i] * 5}", f"{i}5.00") for i in range(10))]
+    source = jsonl("gold.jsonl", gold)
+    taught = [{**d, "teacher": g} for d, g in (receipt(f"STORE {'KLMNOPQRST'[i] * 7}") for i in range(6))]
+    for row in taught:
+        row["document"] = row["document"].replace("JALAN DEDAP", f"{row['teacher']['company'][-3:]} ROAD TO NOWHERE")
+    taught[0]["teacher"] = json.dumps(taught[0]["teacher"])  # the answer's text
+    taught[1]["teacher"] = "I cannot read this"
+    path = tmp_path / "teacher.jsonl.gz"
+    path.write_bytes(gzip.compress("".join(json.dumps(r) + "\n" for r in taught).encode()))
+
+    def prepare(*more):
+        options = ["--schema", SROIE, "--outdir", tmp_path / "out", "--val_frac", 0.5, *more]
+        done = run("idp_prepare.py", "--src", source, path, *options)
+        assert done.returncode == 0, done.stderr
+        paths = [tmp_path / "out" / f"idp_{name}.jsonl" for name in ("kd", "sft")]
+        kd, sft = ([json.loads(line) for line in path.read_text("utf-8").splitlines()] for path in paths)
+        return kd, sft, done.stdout
+
+    kd, sft, said = prepare("--repeat_gold", 2)
+    assert "teacher's answers left out: 1 not of the schema" in said
+    assert len(kd) == 2 * len(sft) + 5 and [r["teacher_output"] for r in kd[: len(sft)]] == [r["output"] for r in sft]
+    assert {json.loads(r["teacher_output"])["company"][:5] for r in kd[-5:]} == {"STORE"}
+    assert len(prepare("--repeat_gold", 0)[0]) == 5
+    first, other = ({r["input"] for r in prepare("--val_start", start)[1]} for start in (0, 0.5))
+    assert not first & other and len(first | other) == 10  # two halves: each document is held out once
+
+
+def test_a_corpus_row_needs_an_answer(jsonl):
+    with pytest.raises(UserError, match="row 1: field 'gold' is missing, and 'teacher' too"):
+        read_answers([jsonl("c.jsonl", [{"document": "x"}])], read_json(SROIE), "company")

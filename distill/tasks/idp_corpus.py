@@ -1,28 +1,95 @@
 """IDP training rows: the corpus with its gold, and plausible mistakes."""
 
 import re
+from difflib import SequenceMatcher
 
 from common import row_hash
 from distill.files import UserError, read_rows
-from distill.tasks.idp_schema import validator
+from distill.tasks.idp_schema import compact, parse_valid, validator
 
 
 def read_corpus(path, schema, group_field):
-    """Corpus rows, each with its gold checked against the schema and its group.
+    """Rows {"document", "gold", "group"} of a corpus, each gold checked against the schema.
 
     Errors: UserError naming the row and the gold's first fault.
     """
-    judge = validator(schema)
-    rows = read_rows(path, {"document": str, "gold": (dict, list)}, {"group": str})
+    rows, _ = read_answers([path], schema, group_field)
     for i, row in enumerate(rows, 1):
-        error = next(judge.iter_errors(row["gold"]), None)
-        if error:
-            raise UserError(f"{path}: row {i}: gold {error.json_path}: {error.message[:120]}")
-        if not row.get("group"):
-            owner = row["gold"].get(group_field) if isinstance(row["gold"], dict) else None
-            # one spelling of a company; a document without one is its own group
-            row["group"] = re.sub(r"\W+", "", str(owner)).upper() if owner else row_hash(row["document"])
+        if "gold" not in row:
+            raise UserError(f"{path}: row {i}: field 'gold' is missing; expected the JSON that the document states")
     return rows
+
+
+def read_answers(paths, schema, group_field):
+    """(rows, invalid) of corpus files: {"document", "gold" or "teacher" or both, "group"}.
+
+    "gold" was checked by people, "teacher" is a model's answer, JSON or its text. A teacher's answer that is no JSON of
+    the schema is left out and counted in `invalid`. The group of a row without one is its company.
+    Errors: UserError naming the row, for a gold that is not of the schema, or a row with neither answer.
+    """
+    judge, found, invalid = validator(schema), [], 0
+    for path in paths:
+        rows = read_rows(path, {"document": str}, {"gold": (dict, list), "teacher": (dict, list, str), "group": str})
+        for i, row in enumerate(rows, 1):
+            place = f"{path}: row {i}"
+            if row.get("gold") is None and row.get("teacher") is None:
+                raise UserError(
+                    f"{place}: field 'gold' is missing, and 'teacher' too; expected an answer in one of them"
+                )
+            row = {k: v for k, v in row.items() if v is not None}
+            if "gold" in row and (error := next(judge.iter_errors(row["gold"]), None)):
+                raise UserError(f"{place}: gold {error.json_path}: {error.message[:120]}")
+            if "teacher" in row:
+                value, _ = parse_valid(
+                    row["teacher"] if isinstance(row["teacher"], str) else compact(row["teacher"]), judge
+                )
+                row["teacher"] = value
+                if value is None:
+                    invalid += 1
+                    del row["teacher"]
+                    if "gold" not in row:
+                        continue
+            if not row.get("group"):
+                answer = row.get("gold", row.get("teacher"))
+                owner = answer.get(group_field) if isinstance(answer, dict) else None
+                # one spelling per company; a document without one is a group by itself
+                row["group"] = re.sub(r"\W+", "", str(owner)).upper() if owner else row_hash(row["document"])
+            found.append(row)
+    return found, invalid
+
+
+LEGAL_FORMS = r"\b(SDN|BHD|S/B|LTD|INC|CO|COMPANY|ENTERPRISE|TRADING|PLT|LLC|CORP|GMBH|SARL|LDA|UNIPESSOAL|SA)\b"
+
+
+def company_key(name):
+    """Letters and digits of a company's name in upper case, without its legal form."""
+    return re.sub(r"[\W_]+", "", re.sub(LEGAL_FORMS, " ", str(name).upper()))
+
+
+def without_held_out(rows, held, group_field):
+    """(kept, dropped): the teacher's rows that could tell a model about held-out documents are dropped.
+
+    The rule: a row is dropped when (1) its company's key (`company_key`) equals that of a held-out document, or is
+    similar to it (difflib ratio of at least 0.85), (2) the key of a held-out company, of six letters or more, occurs in
+    its document, or (3) more than half of its document's five-word sequences occur in one held-out document.
+    """
+    keys = {company_key((r["gold"] or {}).get(group_field) or "") for r in held} - {""}
+    texts = [five_grams(r["document"]) for r in held]
+    kept = []
+    for row in rows:
+        own, text = company_key(row["teacher"].get(group_field) or ""), re.sub(r"[\W_]+", "", row["document"].upper())
+        grams = five_grams(row["document"])
+        similar = own and any(SequenceMatcher(None, own, key).ratio() >= 0.85 for key in keys)
+        named = any(len(key) >= 6 and key in text for key in keys)
+        same = any(len(grams & other) > len(grams) / 2 for other in texts)
+        if not (similar or named or same):
+            kept.append(row)
+    return kept, len(rows) - len(kept)
+
+
+def five_grams(text):
+    words = re.findall(r"\w+", text.upper())
+    return {tuple(words[i : i + 5]) for i in range(len(words) - 4)}
 
 
 def mistakes(gold, document):
