@@ -5,7 +5,8 @@
     python codegen_prepare.py --limit 10 --out_dir runs/try                                                    # CPU
 
 A corpus is JSONL of {"prompt", "solution", "tests", "plan"?} or MBPP's {"text", "code", "test_list"}. A teacher file
-is what `infer_codegen.py --input CORPUS --output FILE --n 4 [--plan_then_code]` of a larger model wrote.
+is what `infer_codegen.py --input CORPUS --output FILE --n 4 [--plan_then_code]` of a larger model wrote. Samples of the
+student itself (--samples) make verified self-distillation: the sandbox keeps what passes, the student trains on it.
 """
 
 import argparse
@@ -31,12 +32,19 @@ def main(args):
     tasks = [task for path in args.corpus for task in read_tasks(path)][: args.limit]
     total, dropped = len(tasks), Counter()
     tasks = drop_incomplete(tasks, dropped)
-    tasks = drop_near_duplicates(tasks, humaneval(), dropped)
+    tasks = drop_near_duplicates(tasks, humaneval(), "HumanEval", dropped)
+    for path in args.exclude:
+        tasks = drop_near_duplicates(tasks, read_tasks(path), path.name, dropped)
     tasks = drop_failing(tasks, dropped)
     if not tasks:
         raise UserError(f"{args.corpus[0]}: none of {total} tasks is left: {dict(dropped)}")
     teacher = teacher_outputs(args.teacher, tasks, dropped) if args.teacher else own_outputs(tasks)
     rows = {"sft": sft_rows(tasks), "kd": teacher, "dpo": dpo_rows(tasks, args.rejected, args.seed)}
+    for path in args.samples:
+        passing, failing = run_samples(path, tasks)
+        rows["sft"] += [{"input": r["input"], "output": r["teacher_output"], "group": r["group"]} for r in passing]
+        rows["kd"] += passing
+        rows["dpo"] += sample_pairs(passing, failing, args.seed)
     print(f"{len(tasks)} of {total} tasks kept; dropped: {dict(dropped) or 'none'}")
     for route, made in rows.items():
         path = args.out_dir / f"codegen_{route}.jsonl"
@@ -72,14 +80,16 @@ def drop_failing(tasks, dropped):
     return [t for t, v in zip(tasks, verdicts, strict=True) if v["kind"] == "passed"]
 
 
-def drop_near_duplicates(tasks, problems, dropped):
+def drop_near_duplicates(tasks, problems, source, dropped):
     """Tasks that resemble no evaluation problem, neither in their description nor in their solution."""
     known = [(description_grams(p["prompt"]), code_grams(p["solution"])) for p in problems]
-    kept = []
+    of_description, kept = {}, []  # several solutions of one problem share its description
     for task in tasks:
         words, tokens = description_grams(task["prompt"]), code_grams(task["solution"])
-        if any(overlaps(words, w) or overlaps(tokens, t) for w, t in known):
-            dropped["near-duplicate of HumanEval"] += 1
+        if task["prompt"] not in of_description:
+            of_description[task["prompt"]] = any(overlaps(words, w) for w, _ in known)
+        if of_description[task["prompt"]] or any(overlaps(tokens, t) for _, t in known):
+            dropped[f"near-duplicate of {source}"] += 1
         else:
             kept.append(task)
     return kept
@@ -160,6 +170,44 @@ def teacher_outputs(path, tasks, dropped):
     return rows
 
 
+def run_samples(path, tasks):
+    """(passing, failing) samples of a model for the prompts of the corpus, as KD rows; equal code counts once.
+
+    A sample that is no Python is in neither: DPO would learn to tell syntax errors, which SFT has taught already.
+    """
+    by_prompt, seen = {task["prompt"]: task for task in tasks}, {}
+    for row in read_rows(path, {"prompt": str}, {"code": str}):
+        if row["prompt"] in by_prompt and row.get("code"):
+            seen[row["prompt"], row["code"].strip()] = None
+    verdicts = run_many([(code, by_prompt[prompt]["tests"]) for prompt, code in seen], desc="samples")
+    passing, failing = [], []
+    for (prompt, code), verdict in zip(seen, verdicts, strict=True):
+        if verdict["kind"] in ("passed", "wrong answer", "exception"):
+            side = passing if verdict["kind"] == "passed" else failing
+            side.append(kd_row(by_prompt[prompt], None, code))
+    print(
+        f"{path}: {len(passing)} of {len(seen)} different samples pass, for {len({r['input'] for r in passing})} tasks"
+    )
+    return passing, failing
+
+
+def sample_pairs(passing, failing, seed):
+    """DPO rows: every passing sample against one failing sample of the same task, where there is one."""
+    rng, wrong = random.Random(seed), {}
+    for row in failing:
+        wrong.setdefault(row["input"], []).append(row["teacher_output"])
+    return [
+        {
+            "prompt": r["input"],
+            "chosen": r["teacher_output"],
+            "rejected": rng.choice(wrong[r["input"]]),
+            "group": r["group"],
+        }
+        for r in passing
+        if r["input"] in wrong
+    ]
+
+
 def dpo_rows(tasks, wanted, seed):
     """{"prompt", "chosen", "rejected", "group"}: rejected is a mutant of the solution that the sandbox saw fail.
 
@@ -198,6 +246,16 @@ if __name__ == "__main__":
     shipped = ROOT / "data" / "codegen_tasks.jsonl"
     p.add_argument("--corpus", type=Path, nargs="+", default=[shipped], help="JSONL files (default: the shipped tasks)")
     p.add_argument("--teacher", type=Path, help="samples of a larger model for KD (default: the corpus' plan and code)")
+    p.add_argument(
+        "--samples",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="a model's samples: those that pass train, those that fail are rejected",
+    )
+    p.add_argument(
+        "--exclude", type=Path, nargs="+", default=[], help="problems to evaluate on: what resembles one is dropped"
+    )
     p.add_argument("--rejected", type=int, default=2, help="most DPO pairs a task (default 2); 4 runs for each")
     p.add_argument("--out_dir", type=Path, default=ROOT / "data", help="folder of the three files (default data)")
     p.add_argument("--limit", type=int, help="only the first tasks, to try it out (default: all)")

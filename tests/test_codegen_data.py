@@ -55,7 +55,7 @@ def test_shipped_solutions_pass_and_nothing_does_not():
 
 def test_shipped_tasks_resemble_no_humaneval_problem():
     dropped = Counter()
-    assert len(drop_near_duplicates(read_tasks(SHIPPED), humaneval(), dropped)) >= 300
+    assert len(drop_near_duplicates(read_tasks(SHIPPED), humaneval(), "HumanEval", dropped)) >= 300
     assert not dropped
 
 
@@ -83,7 +83,7 @@ def test_near_duplicates_of_humaneval_are_found():
     other_words = {"prompt": "Any pair closer than t?", "solution": problem["stub"] + problem["solution"], "tests": "x"}
     same_words = {"prompt": renamed, "solution": "pass", "tests": "x"}
     dropped = Counter()
-    assert drop_near_duplicates([other_words, same_words, ADD], humaneval(), dropped) == [ADD]
+    assert drop_near_duplicates([other_words, same_words, ADD], humaneval(), "HumanEval", dropped) == [ADD]
     assert dropped == {"near-duplicate of HumanEval": 2}
 
 
@@ -95,7 +95,7 @@ def test_every_humaneval_problem_is_found_under_another_name():
         stub = re.sub(rf"\b{name}(?=\()", "another", problem["stub"])
         renamed.append({"prompt": re.sub(r"\s+", "  ", stub), "solution": "pass"})
     dropped = Counter()
-    assert [row["prompt"] for row in drop_near_duplicates(renamed, humaneval(), dropped)] == []
+    assert [row["prompt"] for row in drop_near_duplicates(renamed, humaneval(), "HumanEval", dropped)] == []
     assert dropped == {"near-duplicate of HumanEval": 164}
 
 
@@ -275,3 +275,38 @@ def test_a_text_that_is_no_json_is_told_with_its_line(tmp_path):
     path.write_text(json.dumps(ADD) + "\nnonsense\n")
     with pytest.raises(UserError, match=r"x\.jsonl:2: not JSON"):
         read_tasks(path)
+
+
+# What other models wrote
+
+
+def test_solutions_of_a_large_model_are_run_and_evaluation_problems_left_out(run, jsonl, tmp_path):
+    double = {**{k: v for k, v in MBPP.items() if k != "code"}, "solution": "def double(n):\n    return n + n"}
+    wrong = {**double, "solution": "def double(n):\n    return n"}
+    other = {
+        "text": "Write a function that counts the vowels of a word, upper and lower case, y being none.",
+        "code": "def vowels(word):\n    return sum(c in 'aeiou' for c in word.lower())",
+        "test_list": ["assert vowels('Apple') == 2", "assert vowels('try') == 0"],
+        "task_id": 2,
+    }
+    corpus, held = jsonl("large.jsonl", [double, wrong, other]), jsonl("held.jsonl", [other])
+    done = run("codegen_prepare.py", "--corpus", corpus, "--exclude", held, "--out_dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "out" / "codegen_sft.jsonl").read_text().splitlines()]
+    assert [extract_code(r["output"]) for r in rows] == [double["solution"]]
+    assert "'near-duplicate of held.jsonl': 1" in done.stdout and "'solution fails: wrong answer': 1" in done.stdout
+
+
+def test_passing_samples_train_and_failing_ones_are_rejected(run, jsonl, tmp_path):
+    corpus = jsonl("corpus.jsonl", [MBPP])
+    prompt = read_tasks(corpus)[0]["prompt"]
+    codes = ["def double(n):\n    return n << 1", "def double(n):\n    return n", "def double(n)\n    return", ""]
+    samples = jsonl("samples.jsonl", [{"prompt": prompt, "code": code} for code in [*codes, codes[0]]])
+    done = run("codegen_prepare.py", "--corpus", corpus, "--samples", samples, "--out_dir", tmp_path, "--rejected", 0)
+    assert done.returncode == 0, done.stderr
+    assert "1 of 3 different samples pass, for 1 tasks" in done.stdout
+    made = {
+        r: [json.loads(x) for x in (tmp_path / f"codegen_{r}.jsonl").read_text().splitlines()] for r in ("sft", "dpo")
+    }
+    assert extract_code(made["sft"][-1]["output"]) == codes[0] and len(made["sft"]) == 2
+    assert [(extract_code(r["chosen"]), extract_code(r["rejected"])) for r in made["dpo"]] == [(codes[0], codes[1])]

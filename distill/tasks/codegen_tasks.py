@@ -33,15 +33,16 @@ def read_tasks(path):
     """Tasks of a JSON or JSONL file: [{"task_id", "prompt", "tests"?, "solution"?, "plan"?}].
 
     Forms: {"prompt", "tests"?, "solution"?, "plan"?} with tests as text or as a list of asserts, or MBPP's
-    {"text" (or "prompt"), "code", "test_list", "test_setup_code"?, "test_imports"?}, whose request quotes the tests as
-    is usual for MBPP, since the text does not name the function. Errors: UserError naming file and row.
+    {"text" (or "prompt"), "code" (or "solution"), "test_list", "test_setup_code"?, "test_imports"?}, whose request
+    quotes the tests as is usual for MBPP, since the text does not name the function.
+    Errors: UserError naming file and row.
     """
     tasks = []
     for i, row in enumerate(read_rows(path, {}), 1):
         place = f"{path}: row {i}"
         if "text" in row or "test_list" in row:
             request = "text" if "text" in row else "prompt"  # the sanitized MBPP says prompt
-            optional = {"code": str, "test_setup_code": str, "test_imports": list}
+            optional = {"code": str, "solution": str, "test_setup_code": str, "test_imports": list}
             check_row(place, row, {request: str, "test_list": list}, optional)
             asserts = "\n".join(map(str, row["test_list"]))
             if not asserts.strip():
@@ -50,7 +51,7 @@ def read_tasks(path):
             task = {
                 "prompt": f"{row[request].strip()}\nYour code should pass these tests:\n{asserts}",
                 "tests": "\n".join([*setup, asserts]),
-                "solution": (row.get("code") or "").replace("\r\n", "\n"),
+                "solution": (row.get("code") or row.get("solution") or "").replace("\r\n", "\n"),
             }
         else:
             check_row(place, row, {"prompt": str}, {"tests": (str, list), "solution": str, "plan": str})
