@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 out=$1 gib=${2:-8}; mkdir -p "$out"
 export OMP_NUM_THREADS=4 HF_HUB_OFFLINE=1 TQDM_MININTERVAL=20 MAX_VRAM_GB=$gib
 serve() {  # wait until the server is ready, ask every model once, stop it
-  PORT=8123 uvicorn serve_creditmix:app --port 8123 > "$out/serve.log" 2>&1 & local server=$!
+  PORT=8123 python -m uvicorn serve_creditmix:app --port 8123 > "$out/serve.log" 2>&1 & local server=$!
   for _ in $(seq 120); do
     sleep 1; curl -sf localhost:8123/readyz > "$out/ready.json" && break
     kill -0 $server || { tail -5 "$out/serve.log"; exit 1; }
