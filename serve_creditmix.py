@@ -11,8 +11,8 @@ Environment: BASE_MODEL; SFT_DIR, KD_DIR, DPO_DIR; TASK (data/creditmix_task.jso
 /admin ask for the header X-API-Key); DEADLINE (30 seconds a request); MAX_QUEUE (512 rows); MAX_VRAM_GB (the
 GPU's); OFFLOAD_FOLDER (where layers wait that fit neither the GPU, in 4 bits, nor RAM).
 
-This process speaks HTTP and bounds the queue; another one owns the models and answers the rows of all four in one
-forward pass (distill/engine.py). Nothing is kept on disk.
+This process speaks HTTP and bounds the queue. Another one owns the models and answers rows of all four in one forward
+pass (distill/serve/engine.py). Nothing is kept on disk.
 """
 
 import argparse
@@ -34,8 +34,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from distill.files import ROOT, UserError, cli, sha256
 from distill.serve.client import EngineClient
-from distill.serve.engine import MODELS, settings
-from distill.serve.limits import CLASSES, MARGIN, REJECTIONS, Gate, log, open_log
+from distill.serve.limits import CLASSES, MARGIN, REJECTIONS, RequestLimits, log, open_log
+from distill.serve.settings import MODELS, Settings
 
 MAX_FEATURES = 4000  # characters; the six fields need about 200
 MAX_LIST = 256  # rows of one list request
@@ -45,22 +45,20 @@ EXAMPLE = (
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The engine's door: what is let in, and who waits for which answer
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# HTTP
+# The app
 
 
 @contextlib.asynccontextmanager
 async def lifespan(app):
     open_log()
-    engine = app.state.engine = EngineClient(settings(), getattr(app.state, "on_failure", lambda: None))
+    engine = app.state.engine = EngineClient(
+        Settings.from_environment(), getattr(app.state, "on_failure", lambda: None)
+    )
     await engine.start()
     running = asyncio.create_task(engine.run())
     while getattr(app.state, "start_when_loaded", False) and engine.state == "loading":
         await asyncio.sleep(0.1)
-    yield  # the server gets back here when what it has accepted is answered
+    yield  # until every accepted request is answered
     await engine.stop()
     await running
 
@@ -69,31 +67,31 @@ app = FastAPI(
     title="CreditMix",
     description="Label models with calibrated scores. Probabilities mean something only for a fitted model (/readyz).",
     lifespan=lifespan,
-    docs_url=None,  # the stock pages load scripts from elsewhere
+    docs_url=None,  # these pages load scripts from elsewhere
     redoc_url=None,
 )
-app.add_middleware(Gate)
+app.add_middleware(RequestLimits)
 
 
 @app.exception_handler(RequestValidationError)
-async def invalid(request, error):
+async def invalid(request: Request, error: RequestValidationError) -> Response:
     """422 without an echo of what was sent: it is personal, and JSON cannot carry all of it (NaN, lone surrogates)."""
     detail = [{"loc": e["loc"], "msg": e["msg"], "type": e["type"]} for e in error.errors()]
     return Response(json.dumps({"detail": detail}), 422, media_type="application/json")
 
 
-async def known(
+async def check_key(
     request: Request, key: Annotated[str | None, Depends(APIKeyHeader(name="X-API-Key", auto_error=False))]
 ):
-    """The key, compared in constant time, where API_KEY asks for one."""
-    wanted = request.app.state.engine.config.api_key
-    if wanted and not hmac.compare_digest(sha256(key or ""), sha256(wanted)):
+    """401 unless the request has the key that API_KEY asks for; compared in constant time."""
+    expected = request.app.state.engine.settings.api_key
+    if expected and not hmac.compare_digest(sha256(key or ""), sha256(expected)):
         raise HTTPException(401, "header X-API-Key: missing or wrong", {"WWW-Authenticate": "X-API-Key"})
 
 
-async def operator(request: Request, _: Annotated[None, Depends(known)]):
-    """A key that is asked for and given."""
-    if not request.app.state.engine.config.api_key:
+async def check_operator(request: Request, _: Annotated[None, Depends(check_key)]):
+    """403 where the server asks for no key: then everyone would be an operator."""
+    if not request.app.state.engine.settings.api_key:
         raise HTTPException(403, "expected a server that was started with API_KEY")
 
 
@@ -134,45 +132,51 @@ class Problem(BaseModel):
 PROBLEMS = {code: {"model": Problem, "description": reason} for code, reason in REJECTIONS.items()}
 
 
-async def classify(request, model, texts):
-    """Answers of one request's rows in order. Rows that nobody waits for any more are dropped."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers
+
+
+async def classify(request: Request, model: str, texts: list[str]) -> list[dict]:
+    """The answers to one request's rows, in order. Rows that nobody waits for any more are cancelled."""
     engine = request.app.state.engine
     request.state.rows = len(texts)
     admitted = engine.admit(model, texts)
     rows = asyncio.gather(*admitted.values())
-    gone = asyncio.ensure_future(request.receive())  # the body is read: the next message is the client's leaving
+    left = asyncio.ensure_future(request.receive())  # the body is read: the next message says that the client left
     try:
-        left = max(0, request.scope["deadline"] - time.monotonic())
-        done, _ = await asyncio.wait({rows, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        seconds = max(0, request.scope["deadline"] - time.monotonic())
+        done, _ = await asyncio.wait({rows, left}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if rows in done:
             found = rows.result()
-        elif gone in done:
+        elif left in done:
             raise HTTPException(499, "the client left")
         else:
-            raise HTTPException(504, f"no answer within {engine.config.deadline:g} s")
+            raise HTTPException(504, f"no answer within {engine.settings.deadline:g} s")
     finally:
         rows.cancel()
-        gone.cancel()
-        engine.drop(admitted)
+        left.cancel()
+        engine.cancel(admitted)
     for answer in found:
         CLASSES.labels(model, answer["prediction"]).inc()
         MARGIN.labels(model).observe(answer["top2_margin"])
     return found
 
 
-@app.post("/infer/{model}", dependencies=[Depends(known)], responses=PROBLEMS)
+@app.post("/infer/{model}", dependencies=[Depends(check_key)], responses=PROBLEMS)
 async def infer(model: Literal[MODELS], question: Question, request: Request) -> Answer:
     """Classify one row."""
     return (await classify(request, model, [question.features]))[0]
 
 
-@app.post("/infer/{model}/batch", dependencies=[Depends(known)], responses=PROBLEMS)
+@app.post("/infer/{model}/batch", dependencies=[Depends(check_key)], responses=PROBLEMS)
 async def infer_list(model: Literal[MODELS], questions: Questions, request: Request) -> list[Answer]:
     """Classify a list of rows; the answers come in its order."""
     return await classify(request, model, questions.features)
 
 
-@app.post("/admin/reload", dependencies=[Depends(operator)], responses=PROBLEMS | {403: {}, 409: {"model": Problem}})
+@app.post(
+    "/admin/reload", dependencies=[Depends(check_operator)], responses=PROBLEMS | {403: {}, 409: {"model": Problem}}
+)
 async def reload(adapter: Adapter, request: Request) -> dict[str, str]:
     """Take a retrained adapter from its folder. Where it does not load, 409 says why and the one before stays."""
     engine = request.app.state.engine
@@ -194,9 +198,9 @@ async def healthz() -> dict[str, str]:
 async def readyz(request: Request):
     """The state of the base and of each model; 200 once the base can answer, priors and fits included."""
     engine = request.app.state.engine
-    about = {"status": engine.state, "detail": engine.failure, "base_model": engine.config.base}
-    fields = re.findall(r"(?:^|, )([^,:]+): N/A", engine.config.task.null_inputs[0])  # for the page's form
-    about |= {"labels": engine.config.task.labels, "fields": fields, "models": engine.lanes}
+    about = {"status": engine.state, "detail": engine.failure, "base_model": engine.settings.base}
+    fields = re.findall(r"(?:^|, )([^,:]+): N/A", engine.settings.task.null_inputs[0])  # for the page's form
+    about |= {"labels": engine.settings.task.labels, "fields": fields, "models": engine.models}
     return JSONResponse(about, 200 if engine.state == "ready" else 503)
 
 
@@ -208,7 +212,7 @@ async def metrics():
 
 @app.get("/", response_class=HTMLResponse)
 async def page():
-    """The models side by side, in one file; the policy makes sure that nothing comes from elsewhere."""
+    """The models side by side, in one file; the policy forbids loading anything from elsewhere."""
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
     text = (ROOT / "data" / "serve_page.html").read_text(encoding="utf-8")
     return HTMLResponse(text, headers={"Content-Security-Policy": policy})
@@ -219,24 +223,24 @@ async def page():
 
 
 def app_of_replica():
-    """For Ray, which builds the app in each replica: it cannot be sent there, its metrics hold locks."""
+    """The app, built in each Ray replica: it cannot be sent there, since its metrics hold locks."""
     from serve_creditmix import app
 
     app.state.start_when_loaded = True  # Ray sends requests to a replica that has started
     return app
 
 
-def serve_on_ray(args):
-    """Replicas of this app behind one address, each with its own base model and queue."""
+def serve_on_ray(host: str, port: int, replicas: int, gpus: float):
+    """Serve `replicas` copies of this app at one address, each with its own base model and queue."""
     import ray
     from ray import serve
 
-    # a cluster where RAY_ADDRESS names one, else this machine
+    # on the cluster that RAY_ADDRESS names, else on this machine
     ray.init(include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
-    serve.start(http_options={"host": args.host, "port": args.port})
+    serve.start(http_options={"host": host, "port": port})
 
     @serve.deployment(
-        num_replicas=args.replicas, max_ongoing_requests=128, ray_actor_options={"num_cpus": 1, "num_gpus": args.gpus}
+        num_replicas=replicas, max_ongoing_requests=128, ray_actor_options={"num_cpus": 1, "num_gpus": gpus}
     )
     @serve.ingress(app_of_replica)
     class LabelServer:
@@ -246,9 +250,9 @@ def serve_on_ray(args):
 
 
 def main(args):
-    settings()
+    Settings.from_environment()  # errors before anything starts
     if args.replicas:
-        return serve_on_ray(args)
+        return serve_on_ray(args.host, args.port, args.replicas, args.gpus)
     import uvicorn
 
     server = uvicorn.Server(uvicorn.Config(app, args.host, args.port, access_log=False, limit_concurrency=4096))

@@ -215,7 +215,7 @@ def test_other_origins_are_not_let_in(server):
 
 def test_broken_and_missing_adapters_leave_the_others_serving(narrow):
     status, report, _ = narrow.request("GET", "/readyz")
-    states = {name: lane["state"] for name, lane in report["models"].items()}
+    states = {name: model["state"] for name, model in report["models"].items()}
     assert (status, states) == (200, {"base": "ready", "sft": "ready", "kd": "broken", "dpo": "missing"})
     assert report["models"]["sft"]["calibration"] == "fitted" and report["models"]["base"]["calibration"] == "null"
     assert narrow.infer("base", "x")[0] == narrow.infer("sft", "x")[0] == 200
@@ -292,7 +292,7 @@ def settle(server):
         answered += server.infer("sft", "x")[0] == 200
 
 
-def test_a_missed_deadline_and_a_full_queue_are_told(narrow):
+def test_a_missed_deadline_and_a_full_queue_are_reported(narrow):
     settle(narrow)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         late = pool.submit(narrow.infer, "sft", [LONG] * 200)
@@ -304,7 +304,7 @@ def test_a_missed_deadline_and_a_full_queue_are_told(narrow):
     settle(narrow)
 
 
-def test_rows_of_a_client_that_left_are_dropped(narrow):
+def test_rows_of_a_client_that_left_are_cancelled(narrow):
     settle(narrow)
     before = narrow.metric("serve_batch_rows_sum")
     body = json.dumps({"features": [LONG] * 200}).encode()
@@ -326,26 +326,27 @@ def row(number, tokens, model="sft"):
     return Row(number, model, [number] * tokens, 0.0)
 
 
-def engine_with(told, task, scorer):
-    """An engine whose model is `scorer`; what it tells is appended to `told`."""
-    from distill.serve.engine import Engine, Lane
+def engine_with(sent, task, scorer):
+    """An engine whose model is `scorer`; the messages that it sends are appended to `sent`."""
+    from distill.serve.engine import Engine
+    from distill.serve.models import ServedModel
 
-    engine = Engine(None, told.append)
-    engine.scorer, engine.model = scorer, None
-    engine.lanes = {"sft": Lane("ready", "", "sft-1", task, Calibration(), np.zeros(3))}
-    engine.tokens = engine.budget = 100
-    engine.near = 64
+    engine = Engine(None, sent.append)
+    engine.models.scorer, engine.models.model = scorer, None
+    engine.models.served = {"sft": ServedModel("ready", "", "sft-1", task, Calibration(), np.zeros(3))}
+    engine.max_tokens = engine.budget = 100
+    engine.window = 64
     return engine
 
 
 def test_a_pass_takes_the_oldest_row_and_those_nearest_to_it_in_length():
     engine = engine_with([], None, None)
-    engine._taken = [row(i, n) for i, n in enumerate((100, 180, 90, 95, 101, 30))]
-    engine._take_one({"drop": [3]})  # nobody waits for it any more
-    engine.budget, engine.near = 310, 5
+    engine._waiting = [row(i, n) for i, n in enumerate((100, 180, 90, 95, 101, 30))]
+    engine._take({"cancel": [3]})  # nobody waits for it any more
+    engine.budget, engine.window = 310, 5
     assert [len(r.ids) for r in engine._choose()] == [100, 101, 90]  # 3 x 101 tokens fit, 4 x 101 do not
-    assert [len(r.ids) for r in engine._taken] == [100, 180, 90, 101, 30]
-    engine.budget, engine.near = 405, 4  # the last one is too young to overtake
+    assert [len(r.ids) for r in engine._waiting] == [100, 180, 90, 101, 30]
+    engine.budget, engine.window = 405, 4  # the last one is too young to overtake
     assert [len(r.ids) for r in engine._choose()] == [100, 101, 90]
     engine.budget = 50
     assert [len(r.ids) for r in engine._choose()] == [100]
@@ -360,10 +361,10 @@ def test_a_batch_without_room_is_answered_by_halves(task):
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return np.array([[-own[0], -9.0, -9.0] for own in ids])
 
-    told = []
-    engine = engine_with(told, task, Scorer())
+    sent = []
+    engine = engine_with(sent, task, Scorer())
     engine._answer([row(i, 10) for i in range(8)])
-    found = dict(pair for message in told for pair in message.get("answers", ()))
+    found = dict(pair for message in sent for pair in message.get("answers", ()))
     assert [found[i]["raw_scores"]["Good"] for i in range(7)] == [-i for i in range(7)]
     assert found[7] is None  # the one that is too large, and nobody else
     assert 10 < engine.budget < 11  # half of two rows of ten tokens, and one pass more
@@ -380,7 +381,7 @@ class Instant:
 def test_idle_time_is_no_time_of_a_row(task):
     """A lone row whose client left in the middle of a pass leaves a message behind, and then nothing for long."""
     engine = engine_with([], task, Instant())
-    engine.queue.put({"drop": [0]})
+    engine.queue.put({"cancel": [0]})
     engine._answer([row(0, 10)])
     assert engine.busy_since
     threading.Timer(0.5, engine.queue.put, [row(1, 10)]).start()
@@ -399,15 +400,15 @@ def test_a_gpu_that_answers_no_more_ends_the_process(task):
         engine_with([], task, Broken())._answer([row(0, 10)])
 
 
-def test_the_engine_ends_behind_what_it_was_asked(task):
-    told = []
-    engine = engine_with(told, task, Instant())
-    lines = [json.dumps(m) for m in ({"rows": [[i, "sft", [1] * 10] for i in range(25)]}, {"drop": [3, 4]})]
+def test_the_engine_ends_after_it_has_answered(task):
+    sent = []
+    engine = engine_with(sent, task, Instant())
+    lines = [json.dumps(m) for m in ({"rows": [[i, "sft", [1] * 10] for i in range(25)]}, {"cancel": [3, 4]})]
     with pytest.raises(json.JSONDecodeError):
-        engine.listen([*lines, '{"rows": [[25, "sft'])  # the other process was killed while it wrote
-    engine.serve()
-    assert told.pop(0) == {"dropped": [3, 4]}
-    assert sorted(n for message in told for n, _ in message["answers"]) == [n for n in range(25) if n not in (3, 4)]
+        engine.receive([*lines, '{"rows": [[25, "sft'])  # the other process was killed while it wrote
+    engine.run()
+    assert sent.pop(0) == {"cancelled": [3, 4]}
+    assert sorted(n for message in sent for n, _ in message["answers"]) == [n for n in range(25) if n not in (3, 4)]
 
 
 def test_what_would_come_too_late_is_refused_at_once(narrow):

@@ -55,7 +55,7 @@ def server(tiny, tiny_adapter, tmp_path_factory):
 
 def test_killed_in_mid_load_and_started_again(server, tiny_adapter):
     """The fixture has done both; the files are as they were and every model answers."""
-    states = {name: lane["state"] for name, lane in server.request("GET", "/readyz")[1]["models"].items()}
+    states = {name: model["state"] for name, model in server.request("GET", "/readyz")[1]["models"].items()}
     assert states == {"base": "ready", "sft": "ready", "kd": "ready", "dpo": "missing"}
     assert server.infer("kd", "x")[0] == 200
 

@@ -1,4 +1,4 @@
-"""Around every request of a server: limits on its body, an id, metrics for Prometheus, one line of the log."""
+"""Around every request: limits on its body, an id, metrics for Prometheus, one line in the log."""
 
 import asyncio
 import io
@@ -13,10 +13,10 @@ from fastapi import HTTPException
 from fastapi.responses import JSONResponse
 from prometheus_client import Counter, Gauge, Histogram, Summary
 
-from distill.serve.engine import MODELS
+from distill.serve.settings import MODELS
 
 MAX_BODY = 256 * 1024
-BODY_SECONDS = 5  # for a client to send its body
+BODY_SECONDS = 5  # a client's time to send its body
 REJECTIONS = {
     400: "malformed",
     401: "key",
@@ -39,22 +39,22 @@ MARGIN = Summary("serve_top2_margin", "Best calibrated score less the next; a me
 LOG = logging.getLogger("serve")
 
 
-def log(event, **fields):
-    """One JSON line on standard output. No text of a request goes in: it is about people."""
+def log(event: str, **fields) -> None:
+    """One JSON line on standard output. It holds no text of a request, which is about people."""
     LOG.info(json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields}))
 
 
-def open_log():
-    """Write it past sys.stdout's buffer: what a full disk refuses would stay there, and a later print fails for it."""
+def open_log() -> None:
+    """Write the log past sys.stdout's buffer: what a full disk refuses would stay there and make a later print fail."""
     stream = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), encoding="utf-8", write_through=True)
     LOG.handlers, LOG.propagate = [logging.StreamHandler(stream)], False
     LOG.setLevel(logging.INFO)
 
 
-class Gate:
-    """Around every request: an id, limits on its body's size and time, metrics and one log line.
+class RequestLimits:
+    """ASGI middleware: limits on a body's size and time, an id, metrics and a log line for every request.
 
-    Plain ASGI: Starlette's BaseHTTPMiddleware would hide from the handlers that a client has left.
+    Not Starlette's BaseHTTPMiddleware, which hides from the handlers that a client has left.
     """
 
     def __init__(self, app):
@@ -63,19 +63,20 @@ class Gate:
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        started, status, size, whole, engine = time.monotonic(), 500, 0, False, scope["app"].state.engine
+        started, engine = time.monotonic(), scope["app"].state.engine
+        status, size, complete = 500, 0, False
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         request_id = given if re.fullmatch(r"[\w.-]{1,64}", given, re.ASCII) else uuid.uuid4().hex
         about = scope.setdefault("state", {})
 
         async def limited_receive():
-            nonlocal size, whole
+            nonlocal size, complete
             try:
-                async with asyncio.timeout(None if whole else max(0, started + BODY_SECONDS - time.monotonic())):
+                async with asyncio.timeout(None if complete else max(0, started + BODY_SECONDS - time.monotonic())):
                     message = await receive()
             except TimeoutError:
                 raise HTTPException(408, f"expected the whole body within {BODY_SECONDS} s") from None
-            size, whole = size + len(message.get("body", b"")), not message.get("more_body")
+            size, complete = size + len(message.get("body", b"")), not message.get("more_body")
             if size > MAX_BODY:
                 raise HTTPException(413, f"expected a body of at most {MAX_BODY} bytes")
             return message
@@ -87,9 +88,9 @@ class Gate:
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
             await send(message)
 
-        scope["deadline"] = started + engine.config.deadline
+        scope["deadline"] = started + engine.settings.deadline
         app = self.app
-        if scope["path"].startswith("/infer/") and (full := engine.full()):  # before anything costs time
+        if scope["path"].startswith("/infer/") and (full := engine.full()):  # before it costs any time
             app = JSONResponse({"detail": full.detail}, full.status_code, full.headers)
         try:
             await app(scope, limited_receive, send_with_id)

@@ -1,0 +1,164 @@
+"""The models of a server: one base model in memory, and three adapters on it that can be replaced while it serves."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common import Calibration, LabelScorer, Task, add_adapter, answers, load_model, prompt_ids
+from distill.files import ROOT, UserError, one_line
+from distill.hardware import cap_memory
+from distill.model.hub import adapter_base, check_plain
+from distill.model.label_forward import MAX_ROWS
+from distill.serve.settings import MODELS, Settings
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """One of the four models. state: loading, ready, missing or broken; detail says what to do about the last two."""
+
+    state: str
+    detail: str = ""
+    adapter: str = "__base__"
+    task: Task | None = None
+    calibration: Calibration | None = None
+    prior: np.ndarray | None = None
+
+    def report(self) -> dict:
+        """What /readyz says of it."""
+        fit = self.calibration and ("fitted" if self.calibration.fitted else "null")
+        return {"state": self.state, "detail": self.detail, "calibration": fit}
+
+
+class LabelModels:
+    """Base model, adapters and scorer. Not thread-safe: rows of two threads would get each other's adapters.
+
+    log(event, **fields) takes what the server's log should hold.
+    """
+
+    def __init__(self, settings: Settings, log: Callable[..., None]):
+        self.settings, self.log = settings, log
+        self.served = dict.fromkeys(MODELS, ServedModel("loading"))
+        self.longest = 0  # tokens of the longest prompt that fits the context
+        self._generation = itertools.count(1)
+
+    def load_base(self) -> None:
+        """The base model and its prior. Error: whatever keeps it from loading."""
+        cap_memory(self.settings.max_vram_gb)
+        self.model, self.tokenizer = load_model(self.settings.base)
+        self._renew_scorer()
+        self.longest = self.model.config.max_position_embeddings - len(self.scorer.trie.nodes)
+        task = self.settings.task
+        calibration = Calibration.load(self.settings.base, task)
+        self.served["base"] = ServedModel("ready", "", "__base__", task, calibration, self._prior(task, "__base__"))
+
+    def load_adapter(self, name: str) -> None:
+        """Serve the adapter in this model's folder; the one served before stays until the new one can answer.
+
+        Error: UserError; a model that has no earlier adapter is then missing or broken, the others are unharmed.
+        """
+        folder, old, adapter = self.settings.folders[name], self.served[name], f"{name}-{next(self._generation)}"
+        try:
+            self.served[name] = self._add(name, folder, adapter)
+        except Exception as e:  # whatever a broken folder makes the libraries raise
+            self._remove(adapter)
+            if old.state != "ready":
+                state = "broken" if (folder / "adapter_config.json").is_file() else "missing"
+                self.served[name] = ServedModel(state, one_line(e))
+            raise UserError(one_line(e)) from e
+        if old.state == "ready":
+            self._remove(old.adapter)
+
+    def answers(self, rows: list[tuple[str, list[int]]]) -> list[dict]:
+        """The answer to each row (model name, token ids), in one forward pass."""
+        served = [self.served[model] for model, _ in rows]
+        raw = self._score([ids for _, ids in rows], [one.adapter for one in served])
+        found = [{}] * len(rows)
+        for model in {model for model, _ in rows}:
+            one, own = self.served[model], [i for i, row in enumerate(rows) if row[0] == model]
+            of_model = answers(one.task, raw[own], one.prior, one.calibration, model)
+            for i, answer in zip(own, of_model, strict=True):
+                found[i] = answer
+        return found
+
+    def warm(self) -> None:
+        """Compute every model's prefix cache; on a GPU also batches of all sizes, which load kernels of their own.
+
+        The first request then costs what the hundredth does.
+        """
+        names = [one.adapter for one in self.served.values() if one.state == "ready"]
+        sizes, lengths = [2**i for i in range(MAX_ROWS.bit_length())], (1, 2)
+        if self.model.device.type == "cpu":
+            sizes, lengths = [len(names), 1], (2,)
+        for n, times in itertools.product(sizes, lengths):  # rows with values are once to twice as long
+            texts = [", ".join([text] * times) for text in self.settings.task.null_inputs]
+            ids = prompt_ids(self.tokenizer, [self.settings.task.prompt(text) for text in texts])
+            ids = [own[: self.longest] for own in ids]
+            try:
+                self._score([ids[i % len(ids)] for i in range(n)], [names[i % len(names)] for i in range(n)])
+            except Exception as e:  # out of memory, for one; smaller batches are served all the same
+                self.log("not warmed up", rows=n, detail=one_line(e))
+                break
+
+    def _add(self, name: str, folder: Path, adapter: str) -> ServedModel:
+        """Check the folder, load it as `adapter` and compute its prior."""
+        base, task, shown = self.settings.base, self.settings.task, relative(folder)
+        if not (folder / "adapter_config.json").is_file():
+            raise UserError(
+                f"{shown}: no adapter; train it: python {name}_train.py --student {base} "
+                f"--data data/{task.name}_{name}.jsonl --save_dir {shown}"
+            )
+        if Path(adapter_base(folder)).resolve() != Path(base).resolve():
+            raise UserError(f"{shown}: trained on {adapter_base(folder)}; expected {base}")
+        if (folder / "task.json").is_file():
+            task = Task.load(folder / "task.json")
+            if (task.labels, task.template) != (self.settings.task.labels, self.settings.task.template):
+                raise UserError(
+                    f"{shown}/task.json: fields 'labels' and 'template': expected those of the server's task"
+                )
+        check_plain(folder)
+        calibration = Calibration.load(folder, task)
+        self.model = add_adapter(self.model, folder, adapter)
+        self._renew_scorer()
+        prior = self._prior(task, adapter)
+        if not np.isfinite(prior).all():
+            raise UserError(f"{shown}: its scores are not numbers")
+        return ServedModel("ready", "", adapter, task, calibration, prior)
+
+    def _remove(self, adapter: str) -> None:
+        """Take an adapter out of the model, also one whose load failed half-way and that PEFT has kept."""
+        from peft import PeftModel
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        if isinstance(self.model, PeftModel) and adapter in self.model.peft_config:
+            self.model.delete_adapter(adapter)
+        for module in self.model.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.delete_adapter(adapter)
+        if isinstance(self.model, PeftModel):  # its active adapter may be the one that was removed
+            if self.model.peft_config:
+                self.model.set_adapter(next(iter(self.model.peft_config)))
+            else:
+                self.model = self.model.unload()
+        self._renew_scorer()  # adapters are computed side by side: NaN in one would spread
+
+    def _renew_scorer(self) -> None:
+        """A scorer's prefix caches belong to one state of the model."""
+        task = self.settings.task
+        self.scorer = LabelScorer(self.model, self.tokenizer, task.labels, task.null_prompts())
+
+    def _score(self, ids: list[list[int]], adapters: list[str]) -> np.ndarray:
+        from peft import PeftModel
+
+        # a base model on which no adapter was loaded takes no names
+        return self.scorer.score_ids(ids, adapters if isinstance(self.model, PeftModel) else None)
+
+    def _prior(self, task: Task, adapter: str) -> np.ndarray:
+        ids = prompt_ids(self.tokenizer, task.null_prompts())
+        return self._score(ids, [adapter] * len(ids)).mean(0)
+
+
+def relative(path: Path) -> Path:
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
