@@ -29,11 +29,29 @@ for half in 0 0.5; do
 done; finish
 for half in 0 0.5; do
   for name in smollm2-135m "$out"/{sft,sft-slow,teacher,both-*}-$half; do
-    [ -e "$name/adapter_config.json" ] || [ "$name" = smollm2-135m ] || continue
+
     own=$out/report-$(basename "$name" "-$half")-$half
     job "$own.log" python eval_idp.py --model_dir "$name" --data "$sroie" --schema $schema --val_frac 0.5 --val_start $half \
       --max_new_tokens 160 --batch_size 64 --out "$own"
   done
 done; finish
-python eval_idp.py --pool "$out"/report-*-0 --out "$out/pooled" 2>/dev/null || true
-for report in "$out"/report-*/report.txt; do echo "== $report"; cat "$report"; done
+python - "$out" "$sroie" <<'PY'  # both halves together: each receipt once, intervals over companies
+import json, re, sys
+from pathlib import Path
+from eval_idp import summarise, table
+from distill.tasks.idp_score import regex_receipt
+out, systems = Path(sys.argv[1]), {}
+for report in sorted(out.glob("report-*-0")):
+    name, rows = report.name.removeprefix("report-").removesuffix("-0"), []
+    for half in ("0", "0.5"):
+        (lines,) = (out / f"report-{name}-{half}").glob("*_constrained.jsonl")
+        rows += [json.loads(line) for line in lines.read_text("utf-8").splitlines()]
+    gold = [r["gold"] for r in rows]
+    groups = [re.sub(r"\W+", "", str(g["company"])).upper() for g in gold]
+    systems[name] = summarise(rows, gold, groups)
+documents = {json.dumps(json.loads(x)["gold"], sort_keys=True): json.loads(x)["document"] for x in open(sys.argv[2])}
+regex = [{"value": regex_receipt(documents[json.dumps(g, sort_keys=True)]), "valid": True} for g in gold]
+systems = {"regular expressions": summarise(regex, gold, groups), **systems}
+(out / "pooled.json").write_text(json.dumps(systems, indent=1))
+print(table({"systems": systems}))
+PY
