@@ -2,6 +2,7 @@
 # CodeGen from large models, then from the student itself: the embedded student trained on our tasks, on the passing solutions of
 # Qwen2.5-1.5B and GPT models, on its own passing samples (expert iteration), and by DPO on passing against failing samples.
 #   bash runs/codegen.sh MBPP LARGE OUT     MBPP's training part and the large models' solutions as JSONL; neither is shipped
+#   ROUNDS=2: of self-distillation; 0 leaves it and DPO out
 # MBPP's last 200 problems are left out of everything that trains and are what is evaluated, beside HumanEval.
 set -euo pipefail
 cd "$(dirname "$0")/.."; source runs/jobs.sh
@@ -30,7 +31,8 @@ job "$out/own.log" train sft own own-sft --lr 1e-3 --epochs 3 --batch_size 32
 job "$out/large.log" train sft large large-sft --lr 1e-3 --epochs 4 --batch_size 32
 job "$out/large-2.log" train sft large large-fast --lr 2e-3 --epochs 6 --batch_size 64
 finish
-for round in 1 2; do  # verified self-distillation: the student trains on what passes of its own
+names=(own-sft large-sft large-fast)
+for round in $(seq "${ROUNDS:-2}"); do  # verified self-distillation: the student trains on what passes of its own
   model=large-sft; [ $round = 1 ] || model=self-1
   job "$out/sample-$round-own.log" sample $model $tasks "samples-$round-own.jsonl"
   job "$out/sample-$round-mbpp.log" sample $model "$out/train.jsonl" "samples-$round-mbpp.jsonl"
@@ -40,11 +42,16 @@ for round in 1 2; do  # verified self-distillation: the student trains on what p
   finish
   job "$out/self-$round.log" train sft "self-data-$round" "self-$round" --lr 1e-3 --epochs 4 --batch_size 32
   finish
+  names+=("self-$round")
 done
-job "$out/dpo.log" train dpo self-data-2 self-dpo --lr 1e-4 --epochs 1 --batch_size 32 --sft_weight 0.2 --init_adapter "$out/self-2"
-finish
+if [ "${ROUNDS:-2}" -gt 0 ]; then
+  job "$out/dpo.log" train dpo "self-data-$round" self-dpo --lr 1e-4 --epochs 1 --batch_size 32 --sft_weight 0.2 \
+    --init_adapter "$out/self-$round"
+  finish
+  names+=(self-dpo)
+fi
 evaluate base smollm2-135m
-for name in own-sft large-sft large-fast self-1 self-2 self-dpo; do evaluate $name "$out/$name"; done
+for name in "${names[@]}"; do evaluate "$name" "$out/$name"; done
 finish
 for set in humaneval mbpp; do
   echo "== $set"; cat "$out"/eval-$set-*.log | grep -E 'pass@|^[^ ]+ +direct' | sort -u
