@@ -32,9 +32,9 @@ def main(args):
     tasks = [task for path in args.corpus for task in read_tasks(path)][: args.limit]
     total, dropped = len(tasks), Counter()
     tasks = drop_incomplete(tasks, dropped)
-    tasks = drop_near_duplicates(tasks, humaneval(), "HumanEval", dropped)
+    tasks = drop_near_duplicates(tasks, humaneval(), dropped)
     for path in args.exclude:
-        tasks = drop_near_duplicates(tasks, read_tasks(path), path.name, dropped)
+        tasks = drop_same_problems(tasks, read_tasks(path), path.name, dropped)
     tasks = drop_failing(tasks, dropped)
     if not tasks:
         raise UserError(f"{args.corpus[0]}: none of {total} tasks is left: {dict(dropped)}")
@@ -80,7 +80,7 @@ def drop_failing(tasks, dropped):
     return [t for t, v in zip(tasks, verdicts, strict=True) if v["kind"] == "passed"]
 
 
-def drop_near_duplicates(tasks, problems, source, dropped):
+def drop_near_duplicates(tasks, problems, dropped):
     """Tasks that resemble no evaluation problem, neither in their description nor in their solution."""
     known = [(description_grams(p["prompt"]), code_grams(p["solution"])) for p in problems]
     of_description, kept = {}, []  # several solutions of one problem share its description
@@ -89,10 +89,30 @@ def drop_near_duplicates(tasks, problems, source, dropped):
         if task["prompt"] not in of_description:
             of_description[task["prompt"]] = any(overlaps(words, w) for w, _ in known)
         if of_description[task["prompt"]] or any(overlaps(tokens, t) for _, t in known):
-            dropped[f"near-duplicate of {source}"] += 1
+            dropped["near-duplicate of HumanEval"] += 1
         else:
             kept.append(task)
     return kept
+
+
+def drop_same_problems(tasks, problems, source, dropped):
+    """Tasks that share neither their description nor an assert with one of `problems`, whoever solved them."""
+    descriptions, asserts = {description(p["prompt"]) for p in problems}, set()
+    for problem in problems:
+        asserts |= assert_lines(problem["tests"])
+    kept = [t for t in tasks if description(t["prompt"]) not in descriptions and not assert_lines(t["tests"]) & asserts]
+    if len(kept) < len(tasks):
+        dropped[f"a problem of {source}"] += len(tasks) - len(kept)
+    return kept
+
+
+def description(prompt):
+    """What a prompt says before its tests, as lower-case words."""
+    return tuple(re.findall(r"\w+", prompt.split("\nYour code should pass")[0].lower()))
+
+
+def assert_lines(tests):
+    return {re.sub(r"\s+", "", line) for line in tests.split("\n") if line.strip().startswith("assert")}
 
 
 def description_grams(prompt):

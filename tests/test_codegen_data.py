@@ -55,7 +55,7 @@ def test_shipped_solutions_pass_and_nothing_does_not():
 
 def test_shipped_tasks_resemble_no_humaneval_problem():
     dropped = Counter()
-    assert len(drop_near_duplicates(read_tasks(SHIPPED), humaneval(), "HumanEval", dropped)) >= 300
+    assert len(drop_near_duplicates(read_tasks(SHIPPED), humaneval(), dropped)) >= 300
     assert not dropped
 
 
@@ -83,7 +83,7 @@ def test_near_duplicates_of_humaneval_are_found():
     other_words = {"prompt": "Any pair closer than t?", "solution": problem["stub"] + problem["solution"], "tests": "x"}
     same_words = {"prompt": renamed, "solution": "pass", "tests": "x"}
     dropped = Counter()
-    assert drop_near_duplicates([other_words, same_words, ADD], humaneval(), "HumanEval", dropped) == [ADD]
+    assert drop_near_duplicates([other_words, same_words, ADD], humaneval(), dropped) == [ADD]
     assert dropped == {"near-duplicate of HumanEval": 2}
 
 
@@ -95,7 +95,7 @@ def test_every_humaneval_problem_is_found_under_another_name():
         stub = re.sub(rf"\b{name}(?=\()", "another", problem["stub"])
         renamed.append({"prompt": re.sub(r"\s+", "  ", stub), "solution": "pass"})
     dropped = Counter()
-    assert [row["prompt"] for row in drop_near_duplicates(renamed, humaneval(), "HumanEval", dropped)] == []
+    assert [row["prompt"] for row in drop_near_duplicates(renamed, humaneval(), dropped)] == []
     assert dropped == {"near-duplicate of HumanEval": 164}
 
 
@@ -289,12 +289,13 @@ def test_solutions_of_a_large_model_are_run_and_evaluation_problems_left_out(run
         "test_list": ["assert vowels('Apple') == 2", "assert vowels('try') == 0"],
         "task_id": 2,
     }
-    corpus, held = jsonl("large.jsonl", [double, wrong, other]), jsonl("held.jsonl", [other])
+    renamed = {**other, "text": "Count vowels.", "test_list": ["assert   vowels('Apple')==2"], "task_id": 3}
+    corpus, held = jsonl("large.jsonl", [double, wrong, other, renamed]), jsonl("held.jsonl", [other])
     done = run("codegen_prepare.py", "--corpus", corpus, "--exclude", held, "--out_dir", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "out" / "codegen_sft.jsonl").read_text().splitlines()]
     assert [extract_code(r["output"]) for r in rows] == [double["solution"]]
-    assert "'near-duplicate of held.jsonl': 1" in done.stdout and "'solution fails: wrong answer': 1" in done.stdout
+    assert "'a problem of held.jsonl': 2" in done.stdout and "'solution fails: wrong answer': 1" in done.stdout
 
 
 def test_passing_samples_train_and_failing_ones_are_rejected(run, jsonl, tmp_path):
