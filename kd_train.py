@@ -24,7 +24,15 @@ from distill.train.run_folder import check_run, start_run
 from distill.train.student import load_student, with_lora
 from distill.train.teacher_endpoint import Endpoint
 from distill.train.teacher_topk import TopK
-from distill.train.teachers import Teacher, cache_folder, check_teacher, learns_token_distribution, teach
+from distill.train.teachers import (
+    Teacher,
+    add_teacher_arguments,
+    cache_folder,
+    check_teacher,
+    learns_token_distribution,
+    teach,
+    write_requests,
+)
 
 
 def main(args):
@@ -33,10 +41,17 @@ def main(args):
     rows, task = read_kd_rows(args.data, task_path, has_teacher=bool(args.teacher))
     teacher = None
     if args.teacher:
-        at_endpoint = "://" in args.teacher
-        endpoint = Endpoint(args.teacher, args.teacher_model, args.teacher_timeout) if at_endpoint else None
-        teacher = Teacher(args.teacher, args.precision, endpoint)
+        prices = args.price_in, args.price_out, args.max_cost
+        endpoint = Endpoint(args.teacher, args.teacher_model, args.teacher_timeout, args.teacher_api, *prices)
+        teacher = Teacher(args.teacher, args.precision, endpoint if "://" in args.teacher else None)
         check_teacher(teacher, args.student, task)
+    if (args.batch_out or args.batch_in) and not (teacher and teacher.endpoint):
+        raise UserError("--batch_out, --batch_in: expected --teacher http://host/v1, whose requests they hold")
+    base = base_config(args.student)
+    _, config, tokenizer = base
+    limits = {"data": args.data, "max_len": args.max_len}
+    if args.batch_out:
+        return write_requests(teacher, rows, task, tokenizer, **limits, path=args.batch_out)
     run = check_run(
         "kd",
         args.save_dir,
@@ -46,11 +61,9 @@ def main(args):
         resume=args.resume_from_checkpoint,
         inputs={"task": task_path, "teacher": args.teacher},
     )
-    base = base_config(args.student)
-    _, config, tokenizer = base
-    untaught = {}
+    taught = {"rows_untaught": {}}
     if teacher:
-        rows, untaught = teach(teacher, rows, task, tokenizer, data=args.data, max_len=args.max_len, seed=args.seed)
+        rows, taught = teach(teacher, rows, task, tokenizer, **limits, seed=args.seed, batch_in=args.batch_in)
         if task:
             add_distributions(teacher.name, rows, task)
 
@@ -60,7 +73,7 @@ def main(args):
     train, dropped = encode(tokenizer, train, args.max_len, "input", "teacher_output")
     dev, dropped_dev = encode(tokenizer, dev, args.max_len, "input", "teacher_output")
     dev = [{**row, "answer": row.get("output") or row["teacher_output"]} for row in dev]  # the true one, if known
-    record = describe(tokenizer, train, dropped, dropped_dev) | {"rows_untaught": untaught, "teacher": args.teacher}
+    record = describe(tokenizer, train, dropped, dropped_dev) | taught | {"teacher": args.teacher}
     top_k = None
     if learns_token_distribution(teacher, task):
         top_k = TopK(teacher, args.student, tokenizer, train + dev, args.top_k, cache_folder(args.data))
@@ -296,11 +309,7 @@ def token_trainer_class(top_k: TopK, temperature: float, alpha: float):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, data="data/creditmix_kd.jsonl", save_dir="runs/creditmix_kd", lr=2e-4)
-    parser.add_argument("--teacher", help="model, adapter, gradient-boosting or http://host/v1, see above")
-    parser.add_argument("--teacher_model", help="the model's name at an http teacher; its key: OPENAI_API_KEY")
-    parser.add_argument(
-        "--teacher_timeout", type=positive(float), default=120.0, help="seconds per answer (default: 120)"
-    )
+    add_teacher_arguments(parser)
     parser.add_argument(
         "--top_k", type=positive(int), default=32, help="teacher's tokens kept for free text (default: 32)"
     )

@@ -8,82 +8,25 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
-from contextlib import contextmanager
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.numpy import load_file
 from serving import Server
+from teaching import cached, endpoint, flags, lines
 
 from common import load_model, row_hash
 from distill.files import UserError, write_jsonl
 from distill.model.hub import base_config
 from distill.train import teacher_endpoint, teachers
 from distill.train.data import encode
+from distill.train.teacher_answers import label_of
+from distill.train.teacher_apis import LABEL_TOKENS, Chat
 from distill.train.teacher_endpoint import Endpoint, ask_endpoint
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@contextmanager
-def endpoint(reply):
-    """A server on loopback; reply(prompt, how often it was asked) -> text, (status, headers, body) or bytes as 200."""
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            prompt = body["messages"][-1]["content"]
-            with lock:
-                server.asked[prompt] += 1
-                server.seen.append((self.path, self.headers.get("Authorization"), body))
-            found = reply(prompt, server.asked[prompt])
-            if isinstance(found, str):
-                choice = {"index": 0, "message": {"role": "assistant", "content": found}, "finish_reason": "stop"}
-                if found.endswith("<cut>"):
-                    choice["finish_reason"] = "length"
-                found = json.dumps({"object": "chat.completion", "choices": [choice]}).encode()
-            status, headers, data = found if isinstance(found, tuple) else (200, {}, found)
-            try:
-                self.send_response(status)
-                for name, value in {"Content-Length": len(data), **headers}.items():
-                    self.send_header(name, str(value))
-                self.end_headers()
-                self.wfile.write(data)
-            except OSError:  # the client has gone
-                self.close_connection = True
-
-        def log_message(self, *args):
-            pass
-
-    lock, server = threading.Lock(), ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads, server.asked, server.seen = True, Counter(), []
-    server.url = f"http://127.0.0.1:{server.server_port}/v1"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-def flags(student, data, save_dir, **more):
-    more = {"max_steps": 2, "batch_size": 4, "micro_batch": 2, "dev_rows": 4, "eval_steps": 2, **more}
-    more = {"student": student, "data": data, "save_dir": save_dir, **more}
-    return [str(x) for k, v in more.items() for x in (f"--{k}", v)]
-
-
-def cached(data, kind):
-    return sorted(data.with_name(f"{data.stem}.teacher").glob(f"{kind}-*"))
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,10 +36,10 @@ def lines(path):
 def test_an_answer_is_a_label_only_when_that_is_plain():
     labels = ("Good", "Very Good", "Bad", "a:b")
     plain = {"Good": "Good", " Bad\n": "Bad", "**good**.": "Good", "Credit mix: Very good!": "Very Good", "a:b": "a:b"}
-    assert {text: teachers.label_of(text, labels) for text in plain} == plain
+    assert {text: label_of(text, labels) for text in plain} == plain
     none = ("", "not Bad", "Good or Bad", "The mix is Good", "Goods", "<think>Good", "Good\nBad", "excellent")
-    assert [teachers.label_of(text, labels) for text in none] == [None] * len(none)
-    assert teachers.label_of("YES", ("yes", "Yes")) is None  # two labels in small letters: which one is not plain
+    assert [label_of(text, labels) for text in none] == [None] * len(none)
+    assert label_of("YES", ("yes", "Yes")) is None  # two labels in small letters: which one is not plain
 
 
 def test_an_endpoint_teaches_a_label_task_and_no_label_is_never_trained_on(run, tiny, task, jsonl, tmp_path):
@@ -122,7 +65,7 @@ def test_an_endpoint_teaches_a_label_task_and_no_label_is_never_trained_on(run, 
         assert sum(server.asked.values()) == 23 + 1 + 2 and server.asked[rows[5]["input"]] == 0
         path, key, body = server.seen[0]
         assert path == "/v1/chat/completions" and key == "Bearer secret-key"
-        assert body["model"] == "big" and body["temperature"] == 0 and body["max_tokens"] == teachers.LABEL_TOKENS
+        assert body["model"] == "big" and body["temperature"] == 0 and body["max_tokens"] == LABEL_TOKENS
     assert "taught 17 rows; 6 answers that are no label" in done.stdout and "It is hard to say" in done.stdout
     record = json.loads((tmp_path / "a" / "run.json").read_text())
     assert record["rows_untaught"] == {"answers that are no label": 6} and record["loss"] == "sequence"
@@ -172,9 +115,7 @@ def test_an_endpoint_writes_free_text_and_what_is_cut_or_too_long_is_not_trained
 )
 def test_an_endpoint_that_fails_is_named_and_what_it_answered_is_kept(monkeypatch, reply, times, message):
     monkeypatch.setattr(teacher_endpoint, "ATTEMPTS", 3)
-    monkeypatch.setattr(
-        teacher_endpoint, "CONCURRENT_REQUESTS", 1
-    )  # so that the first two are answered before the third fails
+    monkeypatch.setattr(teacher_endpoint, "CONCURRENT_REQUESTS", 1)  # two are answered before the third fails
 
     def answer(prompt, _):
         if prompt != "poison":
@@ -185,24 +126,26 @@ def test_an_endpoint_that_fails_is_named_and_what_it_answered_is_kept(monkeypatc
 
     got = {}
     with endpoint(answer) as server:
+        chat = Chat("m", None, 9)
         asked = Endpoint(server.url, "m", timeout=0.5 if reply == "slow" else 20.0)
         with pytest.raises(UserError) as e:
-            ask_endpoint(asked, ["a", "b", "poison", "c"], 9, lambda p, *answer: got.update({p: answer}))
+            ask_endpoint(asked, chat, dict.fromkeys(["a", "b", "poison", "c"], 1), got.__setitem__)
         assert server.asked["poison"] == times
     assert message in str(e.value) and "; 2 of 4 answers are kept, the same command continues" in str(e.value)
-    assert got == {"a": ("fine", True), "b": ("fine", True)} and "\n" not in str(e.value)
+    assert [(p, a.text, a.whole) for p, a in got.items()] == [("a", "fine", True), ("b", "fine", True)]
+    assert "\n" not in str(e.value)
 
 
 def test_the_key_of_an_endpoint_is_sent_without_a_line_break_and_never_printed(monkeypatch):
     with endpoint(lambda *_: "fine") as server:
         asked = Endpoint(server.url, "m", timeout=20.0)
         monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\n")
-        ask_endpoint(asked, ["a"], 9, lambda *_: None)
+        ask_endpoint(asked, Chat("m", None, 9), {"a": 1}, lambda *_: None)
         assert server.seen[0][1] == "Bearer sk-secret"
         for key in ("sk-secret\u2026", "sk-se\ncret"):
             monkeypatch.setenv("OPENAI_API_KEY", key)
             with pytest.raises(UserError, match="OPENAI_API_KEY: expected printable ASCII characters") as e:
-                ask_endpoint(asked, ["b"], 9, lambda *_: None)
+                ask_endpoint(asked, Chat("m", None, 9), {"b": 1}, lambda *_: None)
             assert "sk-se" not in str(e.value)
         assert len(server.seen) == 1
 

@@ -5,23 +5,40 @@ so a killed run asks only for the rest. A local teacher is freed before the stud
 teacher: distill/train/teacher_topk.py.
 """
 
+import argparse
 import gc
 import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from common import Calibration, LabelScorer, Task, label_classes, load_model, prompt_ids
-from distill.files import ResumableJsonl, UserError, sha256
+from distill.files import UserError, positive, sha256
 from distill.model.hub import adapter_base, base_config
-from distill.train.teacher_endpoint import Endpoint, ask_endpoint
+from distill.train.teacher_answers import StoredAnswers, use_answers
+from distill.train.teacher_apis import APIS, LABEL_TOKENS, Answer, input_text
+from distill.train.teacher_batch import read_batch, write_batch
+from distill.train.teacher_endpoint import Endpoint, announce_cost, ask_endpoint, usage_of
 
 BOOSTING = "gradient-boosting"
-LABEL_TOKENS = 64  # per answer of a label task: a label and the words that some teachers put around it
+
+
+def add_teacher_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of a teacher that answers rows without teacher_output."""
+    add = parser.add_argument
+    add("--teacher", help="model, adapter, gradient-boosting or http://host/v1, see above")
+    add("--teacher_model", help="the model's name at an http teacher; its key: OPENAI_API_KEY")
+    add("--teacher_timeout", type=positive(float), default=120.0, help="seconds per answer (default: 120)")
+    add("--teacher_api", choices=APIS, default="chat", help="of an http teacher; all but chat give label probabilities")
+    add("--price_in", type=positive(float), help="price of a million tokens of prompts, at an http teacher")
+    add("--price_out", type=positive(float), help="price of a million tokens of answers")
+    add("--max_cost", type=positive(float), help="ask no more when the answers of these rows have cost so much")
+    add("--batch_out", type=Path, help="write the requests to a file for the OpenAI Batch API, and stop")
+    add("--batch_in", type=Path, nargs="+", help="read the results of the Batch API instead of asking")
 
 
 @dataclass(frozen=True)
@@ -65,7 +82,7 @@ def learns_token_distribution(teacher: Teacher | None, task: Task | None) -> boo
 def check_teacher(teacher: Teacher, student: str, task: Task | None) -> None:
     """Raise UserError for a teacher that cannot work, before anything loads or is asked."""
     if teacher.endpoint:
-        teacher.endpoint.check()
+        teacher.endpoint.check(task)
     elif teacher.name == BOOSTING and task is None:
         raise UserError(f"--teacher {BOOSTING}: free text has no classes; expected a label task (--task)")
     elif learns_token_distribution(teacher, task):
@@ -117,34 +134,44 @@ def release_memory() -> None:
 
 
 def teach(
-    teacher: Teacher, rows: list[dict], task: Task | None, tokenizer, *, data: Path, max_len: int, seed: int
-) -> tuple[list[dict], dict[str, int]]:
-    """Fill in teacher_output where it is missing: (rows to train on, {reason: rows dropped}).
+    teacher: Teacher,
+    rows: list[dict],
+    task: Task | None,
+    tokenizer,
+    *,
+    data: Path,
+    max_len: int,
+    seed: int,
+    batch_in: list[Path] | None = None,
+) -> tuple[list[dict], dict]:
+    """Fill in teacher_output where it is missing: (rows to train on, what run.json records of it).
 
-    For a label task, gradient boosting and local models also give teacher_probs; an endpoint gives a label. For free
-    text the teacher writes the answer. Rows whose prompt exceeds max_len tokens are not asked for.
+    For a label task, gradient boosting, local models and endpoints other than chat give teacher_probs too. For free
+    text the teacher writes the answer. Rows whose prompt exceeds max_len tokens are not asked for. batch_in: results
+    of the Batch API, read instead of asking.
 
     Raises UserError when no row is left.
     """
     untaught = [r for r in rows if not r.get("teacher_output")]
+    record = {"rows_untaught": {}}
     if not untaught:
         if not learns_token_distribution(teacher, task):
             print(f"every row has its teacher_output: --teacher {teacher.name} is not asked")
-        return rows, {}
-    dropped = {}
+        return rows, record
     if task and not teacher.endpoint:
         probs = boosted(untaught, task, data, seed) if teacher.name == BOOSTING else scored(teacher, untaught, task)
         for row, p in zip(untaught, probs, strict=True):
             row["teacher_probs"] = dict(zip(task.labels, map(float, p), strict=True))
             row["teacher_output"] = task.labels[int(np.argmax(p))]
     else:
-        dropped = answered(teacher, untaught, task, tokenizer, data, max_len)
+        record = answered(teacher, untaught, task, tokenizer, data, max_len, batch_in)
+    dropped = record["rows_untaught"]
     taught = [r for r in rows if r.get("teacher_output")]
     given = len(untaught) - sum(dropped.values())
     print(f"{teacher.name} taught {given} rows" + "".join(f"; {n} {why}" for why, n in dropped.items()))
     if not taught:
         raise UserError(f"{data}: no row has an answer to train on: {dropped} of {len(rows)} rows")
-    return taught, dropped
+    return taught, record
 
 
 def boosted(rows: list[dict], task: Task, data: Path, seed: int) -> np.ndarray:
@@ -152,11 +179,10 @@ def boosted(rows: list[dict], task: Task, data: Path, seed: int) -> np.ndarray:
     from distill.tasks.boosting import out_of_fold
     from distill.tasks.creditmix import customer
 
-    before, after = task.template.split("{input}")
     if not all(r.get("output") for r in rows):
         raise UserError(f"{data}: --teacher gradient-boosting learns from field 'output'; a row has none")
     label_classes(data, rows, "output", task)
-    texts = [r["input"].removeprefix(before).removesuffix(after) for r in rows]
+    texts = [input_text(task, r["input"]) for r in rows]
     fields = [
         {"question": text, "answer": row["output"], "group": row.get("group") or customer(text)}
         for row, text in zip(rows, texts, strict=True)
@@ -176,64 +202,75 @@ def scored(teacher: Teacher, rows: list[dict], task: Task) -> np.ndarray:
 
 
 def answered(
-    teacher: Teacher, rows: list[dict], task: Task | None, tokenizer, data: Path, max_len: int
-) -> dict[str, int]:
-    """Set teacher_output from the teacher's text where that can be trained on; returns {reason: rows without one}."""
-    max_tokens = LABEL_TOKENS if task else max_len
-    lengths = map(len, prompt_ids(tokenizer, [r["input"] for r in rows]))
-    fits = [r for r, n in zip(rows, lengths, strict=True) if n < max_len]
-    dropped = {f"longer than {max_len} tokens": len(rows) - len(fits)}
-    name = sha256(json.dumps([teacher.identity(), max_tokens]))[:16]
-    answers = ResumableJsonl(cache_folder(data) / f"answers-{name}.jsonl")
-    known = {answer["prompt"] for answer in answers.rows}
-    todo = list(dict.fromkeys(r["input"] for r in fits if r["input"] not in known))
-    print(f"{teacher.name}: {len(fits)} rows need an answer, {len(todo)} of them are not in {answers.path}")
-
-    def keep(prompt: str, text: str, whole: bool) -> None:
-        text = text.encode("utf-8", "replace").decode()  # half a character (a lone surrogate) is no text
-        answers.append({"prompt": prompt, "text": text, "whole": whole})
-
-    if todo:
+    teacher: Teacher,
+    rows: list[dict],
+    task: Task | None,
+    tokenizer,
+    data: Path,
+    max_len: int,
+    batch_in: list[Path] | None = None,
+) -> dict:
+    """Give rows the teacher's text or label probabilities where they can be trained on; returns teach's record."""
+    prompt_tokens, answers, todo = open_answers(teacher, rows, task, tokenizer, data, max_len)
+    endpoint = teacher.endpoint
+    protocol = endpoint and endpoint.protocol(task, max_len)
+    if batch_in:
+        found, failed = read_batch(batch_in, protocol, list(todo))
+        for prompt, answer in found.items():
+            answers.keep(prompt, answer)
+        print(f"{len(found)} results of the batch" + "".join(f"; {n} {why}" for why, n in failed.items()))
+    elif todo:
         require_single_process(teacher)
-        if teacher.endpoint:
-            ask_endpoint(teacher.endpoint, todo, max_tokens, keep)
+        if endpoint:
+            spent = endpoint.cost(*usage_of(answers.of, prompt_tokens, protocol.max_tokens)) or 0.0
+            announce_cost(endpoint, todo, protocol.max_tokens, spent)
+            ask_endpoint(endpoint, protocol, todo, answers.keep, spent)
         else:
-            generate(teacher, todo, max_tokens, keep)
-    answer_to = {answer["prompt"]: (answer["text"], answer["whole"]) for answer in answers.rows}
-    useless = []
-    for row in fits:
-        text, whole = answer_to[row["input"]]
-        if task:
-            row["teacher_output"] = label_of(text, task.labels)
-        elif whole and text.strip():  # a text that was cut would teach the student to stop in mid-sentence
-            row["teacher_output"] = text
-        if not row.get("teacher_output"):
-            useless.append(text)
-    if useless:
-        why = "answers that are no label" if task else "answers that are empty or longer than --max_len"
-        print(f"{len(useless)} {why}, kept in {answers.path}; for example {useless[0][:60]!r}")
-        dropped[why] = len(useless)
-    return {why: n for why, n in dropped.items() if n}
+            generate(teacher, list(todo), max_len, answers.keep)
+    dropped = {f"longer than {max_len} tokens": sum(r["input"] not in prompt_tokens for r in rows)}
+    dropped |= use_answers([r for r in rows if r["input"] in prompt_tokens], answers, task)
+    record = {"rows_untaught": {why: n for why, n in dropped.items() if n}}
+    if endpoint:
+        used = usage_of(answers.of, prompt_tokens, protocol.max_tokens)
+        record["teacher_usage"] = {"input_tokens": used[0], "output_tokens": used[1], "cost": endpoint.cost(*used)}
+    return record
 
 
-def label_of(text: str, labels: tuple[str, ...]) -> str | None:
-    """The label that an answer states, or None where that is not certain.
+def open_answers(
+    teacher: Teacher, rows: list[dict], task: Task | None, tokenizer, data: Path, max_len: int
+) -> tuple[dict[str, int], StoredAnswers, dict[str, int]]:
+    """({prompt: its tokens} of the prompts under max_len, the stored answers, the part of them without an answer)."""
+    prompts = list(dict.fromkeys(r["input"] for r in rows))
+    lengths = map(len, prompt_ids(tokenizer, prompts))
+    prompt_tokens = {prompt: n for prompt, n in zip(prompts, lengths, strict=True) if n < max_len}
+    settings = [teacher.identity(), LABEL_TOKENS if task else max_len]
+    if teacher.endpoint and teacher.endpoint.api != "chat":
+        settings += [teacher.endpoint.api, asdict(task)]
+    answers = StoredAnswers(cache_folder(data) / f"answers-{sha256(json.dumps(settings))[:16]}.jsonl")
+    todo = {prompt: n for prompt, n in prompt_tokens.items() if prompt not in answers.of}
+    print(f"{teacher.name}: {len(prompt_tokens)} prompts need an answer, {len(todo)} of them are not in {answers.path}")
+    return prompt_tokens, answers, todo
 
-    Case, punctuation and a preamble such as "Answer:" are ignored. A label inside a sentence does not count: "not Bad"
-    would teach the opposite.
-    """
-    for part in (text, text.rpartition(":")[2]):
-        if part.strip() in labels:
-            return part.strip()
-        bare = part.strip(" \t\r\n*_`\"'.!()[]").casefold()
-        found = [label for label in labels if label.casefold() == bare]
-        if len(found) == 1:
-            return found[0]
-    return None
+
+def write_requests(
+    teacher: Teacher, rows: list[dict], task: Task | None, tokenizer, *, data: Path, max_len: int, path: Path
+) -> None:
+    """Write the requests for rows without an answer to `path`, for the Batch API. Nothing is sent."""
+    untaught = [r for r in rows if not r.get("teacher_output")]
+    prompt_tokens, answers, todo = open_answers(teacher, untaught, task, tokenizer, data, max_len)
+    if not todo:
+        raise UserError(f"--batch_out {path}: every row has an answer; nothing was written")
+    endpoint = teacher.endpoint
+    protocol = endpoint.protocol(task, max_len)
+    spent = endpoint.cost(*usage_of(answers.of, prompt_tokens, protocol.max_tokens)) or 0.0
+    announce_cost(endpoint, todo, protocol.max_tokens, spent)
+    paths = write_batch(path, endpoint, protocol, list(todo))
+    files = ", ".join(map(str, paths))
+    print(f"{files}: requests for the Batch API; the same command reads the results with --batch_in")
 
 
-def generate(teacher: Teacher, prompts: list[str], max_tokens: int, keep: Callable[[str, str, bool], None]) -> None:
-    """Greedy answers of a local model: keep(prompt, text, whole). Prompt and answer share `max_tokens`."""
+def generate(teacher: Teacher, prompts: list[str], max_tokens: int, keep: Callable[[str, Answer], None]) -> None:
+    """Greedy answers of a local model: keep(prompt, answer). Prompt and answer share `max_tokens`."""
     from tqdm import tqdm
 
     from distill.tasks.codegen_samples import reply_to
@@ -246,7 +283,7 @@ def generate(teacher: Teacher, prompts: list[str], max_tokens: int, keep: Callab
         batch = prompts[i : i + 16]
         most = max(1, min(max_tokens, model.config.get_text_config().max_position_embeddings) - lengths[batch[-1]])
         for prompt, (text, tokens) in zip(batch, reply_to(model, tokenizer, batch, most, 0), strict=True):
-            keep(prompt, text, tokens < most)
+            keep(prompt, Answer(text=text, whole=tokens < most))
         bar.update(len(batch))
     bar.close()
     del model
