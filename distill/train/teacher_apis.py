@@ -88,11 +88,6 @@ class SystemOneReply(Reply):
     usage: Usage | None = None
 
 
-class DecisionsReply(Reply):
-    answers: list[dict] = Field(min_length=1)
-    usage: Usage | None = None
-
-
 class OptionProbabilities(Reply):
     probabilities: dict[str, Annotated[float, Field(ge=0, le=1)]]
 
@@ -100,6 +95,16 @@ class OptionProbabilities(Reply):
 class OptionProbability(Reply):
     value: str
     probability: Annotated[float, Field(ge=0, le=1)]
+
+
+class DecisionAnswer(Reply):
+    type: str
+    probabilities: list[OptionProbability] = []  # a refusal has none
+
+
+class DecisionsReply(Reply):
+    answers: list[DecisionAnswer] = Field(min_length=1)
+    usage: Usage | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,10 +195,9 @@ class Decisions(SystemOne):
 
     def read(self, reply: dict) -> Answer:
         found = DecisionsReply.model_validate(reply)
-        if found.answers[0].get("type") == "refusal":
+        if found.answers[0].type == "refusal":
             return Answer(text="", **tokens(found.usage))
-        options = [OptionProbability.model_validate(o) for o in found.answers[0].get("probabilities") or []]
-        return self.answer({o.value: o.probability for o in options}, found.usage)
+        return self.answer({o.value: o.probability for o in found.answers[0].probabilities}, found.usage)
 
 
 APIS = {"chat": Chat, "logprobs": ChatLogprobs, "systemone": SystemOne, "decisions": Decisions}
@@ -233,8 +237,8 @@ def label_mass(
     for position in positions:
         last = whole and position is positions[-1]
         followed = None
-        alternatives = {a.token: a.logprob for a in position.top_logprobs} | {position.token: position.logprob}
-        for token, logprob in alternatives.items():
+        listed = {a.token: a.logprob for a in position.top_logprobs} | {position.token: position.logprob}
+        for token, logprob in listed.items():
             p, taken = reached * math.exp(logprob), token == position.token
             fits = fitting_labels(text + token, labels, ended=not token or (taken and last))
             if len(fits) == 1:

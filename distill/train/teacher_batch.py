@@ -36,7 +36,7 @@ def write_batch(path: Path, endpoint: Endpoint, protocol: Chat | SystemOne, prom
 
 
 def read_batch(
-    paths: list[Path], protocol: Chat | SystemOne, prompts: list[str]
+    paths: list[str | Path], protocol: Chat | SystemOne, prompts: list[str]
 ) -> tuple[dict[str, Answer], dict[str, int]]:
     """Read files of results: ({prompt: answer}, {why there is none: results}).
 

@@ -38,7 +38,7 @@ def add_teacher_arguments(parser: argparse.ArgumentParser) -> None:
     add("--price_out", type=positive(float), help="price of a million tokens of answers")
     add("--max_cost", type=positive(float), help="ask no more when the answers of these rows have cost so much")
     add("--batch_out", type=Path, help="write the requests to a file for the OpenAI Batch API, and stop")
-    add("--batch_in", type=Path, nargs="+", help="read the results of the Batch API instead of asking")
+    add("--batch_in", nargs="+", help="read the results of the Batch API instead of asking")
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def teach(
     data: Path,
     max_len: int,
     seed: int,
-    batch_in: list[Path] | None = None,
+    batch_in: list[str] | None = None,
 ) -> tuple[list[dict], dict]:
     """Fill in teacher_output where it is missing: (rows to train on, what run.json records of it).
 
@@ -208,7 +208,7 @@ def answered(
     tokenizer,
     data: Path,
     max_len: int,
-    batch_in: list[Path] | None = None,
+    batch_in: list[str] | None = None,
 ) -> dict:
     """Give rows the teacher's text or label probabilities where they can be trained on; returns teach's record."""
     prompt_tokens, answers, todo = open_answers(teacher, rows, task, tokenizer, data, max_len)
