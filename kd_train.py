@@ -6,8 +6,9 @@
 Rows {"input", "teacher_output"} are trained on as text (sequence KD). Where rows of a label task carry "teacher_probs",
 the loss is on the label distribution itself, through the scores that inference ranks by. --teacher answers rows without
 teacher_output: a model (scored as in inference for a label task, greedy text else), gradient-boosting on the rows' own
-fields, or an OpenAI-compatible endpoint. With a model as the teacher of free text, the loss is on its distribution over
-every token of the answers, given or its own: the top-k log-probs are kept on disk and the two never share the memory.
+fields, or an OpenAI-compatible endpoint, which gives text or label probabilities (--teacher_api), at once or by the
+Batch API (--batch_out, --batch_in), up to --max_cost. With a model as the teacher of free text, the loss is on its
+distribution over every token of the answers: the top-k log-probs are kept on disk, so the two never share the memory.
 """
 
 import argparse

@@ -15,6 +15,7 @@ from distill.run_record import run_record
 
 # flags that a resumed run may change; all others must be equal, so that a new flag is never forgotten
 CHANGEABLE = {"save_dir", "resume_from_checkpoint", "micro_batch", "max_vram_gb", "eval_steps", "teacher_timeout"}
+CHANGEABLE |= {"price_in", "price_out", "max_cost"}
 
 
 @dataclass(frozen=True)
