@@ -145,6 +145,7 @@ def qwen(layers, hidden):
                 data, kind = linear.weight.data, {"compress_statistics": True, "quant_type": "nf4"}
                 four.weight = bnb.nn.Params4bit(data, requires_grad=False, module=four, **kind).to(device())
                 four.bias = linear.bias
+                four.support_avx512bf16_for_cpu = False  # as load_student
                 setattr(parent, name, four)
     wanted = BitsAndBytesConfig(
         load_in_4bit=True,
