@@ -4,24 +4,27 @@ Rows of one batch may use different adapters of a PEFT model. A model that canno
 per node of the label trie instead.
 """
 
+import inspect
 import sys
+from collections.abc import Iterator, Sequence
 
 import torch
 from transformers import DynamicCache
 
 from distill.model.fp32_logits import fp32_logits
+from distill.model.label_trie import LabelTrie
 from distill.model.stacked_lora import StackedAdapters, stackable
 from distill.model.token_tree import additive, attention_window, tree_batch, tree_mask_unsupported_reason
 
 MAX_ROWS = 128  # of one batch
 
 
-def token_budget(device):
+def token_budget(device: torch.device) -> int:
     """Padded tokens of one batch on this device. The scorer and the server cut their batches at this number."""
     return 2048 if device.type == "cpu" else 16384
 
 
-def batches(lengths, budget, max_rows=MAX_ROWS):
+def batches(lengths: Sequence[int], budget: int, max_rows: int = MAX_ROWS) -> Iterator[list[int]]:
     """Row numbers in batches of similar length: at most `max_rows` rows and `budget` padded tokens, or one row."""
     batch = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
@@ -33,13 +36,13 @@ def batches(lengths, budget, max_rows=MAX_ROWS):
         yield batch
 
 
-def shared_prefix(prompts):
+def shared_prefix(prompts: list[list[int]]) -> list[int]:
     """Token ids with which all `prompts` (token id lists) begin, without the last token of any of them."""
     same = [len(set(column)) == 1 for column in zip(*(ids[:-1] for ids in prompts), strict=False)]
     return prompts[0][: [*same, False].index(False)]
 
 
-def supports_tree_mask(model):
+def supports_tree_mask(model) -> bool:
     """Whether `model` computes token trees correctly; tried once per model, with a notice where it does not."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not hasattr(base, "supports_tree_mask"):
@@ -57,13 +60,13 @@ class LabelForward:
     cache per adapter, since LoRA changes both.
     """
 
-    def __init__(self, model, trie, pad, prefix=()):
+    def __init__(self, model, trie: LabelTrie, pad: int, prefix: Sequence[int] = ()):
         self.model, self.trie, self.pad, self.prefix = model, trie, pad, list(prefix)
         self.trees, self.window = supports_tree_mask(model), attention_window(model.config.get_text_config())
         self._caches, self._stack = {}, None
 
     @torch.inference_mode()
-    def scores(self, rows, adapters=None):
+    def scores(self, rows: list[list[int]], adapters: list[str] | None = None) -> torch.Tensor:
         """Length-normalised log-likelihoods [B, L] on the model's device.
 
         rows: B token id lists. adapters: B adapter names ("__base__" for none), or None for the active adapter.
@@ -80,7 +83,7 @@ class LabelForward:
         # in parts: the log-softmax over a large vocabulary takes as much memory as all other activations
         return torch.cat([self.trie.scores(part) for part in logits.split(32)])
 
-    def logits(self, rows, cache=None, prefix=0, adapters=None):
+    def logits(self, rows: list[list[int]], cache=None, prefix: int = 0, adapters: list[str] | None = None):
         """Logits [B, 1 + M, V] where a label token is predicted, for B token id lists after `prefix` cached tokens."""
         trees = [[(row, -1), *self.trie.after(0, 1)] for row in rows]
         batch, starts = tree_batch(trees, self.pad, prefix)
@@ -92,8 +95,12 @@ class LabelForward:
         with fp32_logits(self.model):
             return self._forward(adapters, **batch, past_key_values=cache, use_cache=cache is not None).logits
 
-    def separate_logits(self, rows, adapters=None):
-        """Like `logits`, for a model without tree masks: each prompt is repeated before each node of the trie."""
+    def separate_logits(self, rows: list[list[int]], adapters: list[str] | None = None) -> torch.Tensor:
+        """Like `logits`, for a model without tree masks: each prompt is repeated before each node of the trie.
+
+        Only the last token of each text gets logits: with a vocabulary of 262,144 those of all tokens of one batch
+        would take 8 GiB.
+        """
         paths = [[]]
         for ids, parent in self.trie.nodes:
             paths.append([*paths[parent + 1], *ids])
@@ -103,11 +110,17 @@ class LabelForward:
         mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts])
         batch = {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
         names = [a for a in adapters for _ in paths] if adapters else None
-        last = torch.tensor([len(text) - 1 for text in texts])
-        logits = self._forward(names, **batch, use_cache=False).logits[torch.arange(len(texts)), last]
+        last = torch.tensor([[len(text) - 1] for text in texts], device=self.model.device)
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        if "logits_to_keep" in inspect.signature(base.forward).parameters:
+            batch["logits_to_keep"] = last
+        with fp32_logits(self.model):
+            logits = self._forward(names, **batch, use_cache=False).logits
+        if "logits_to_keep" not in batch:
+            logits = logits.take_along_dim(last[..., None], 1)
         return logits.view(len(rows), len(paths), -1)
 
-    def _forward(self, adapters, **batch):
+    def _forward(self, adapters: list[str] | None, **batch):
         """The model's output, row i with adapters[i]; without names, with the active adapter."""
         if not adapters:
             return self.model(**batch)
@@ -118,7 +131,7 @@ class LabelForward:
         with self._stack.rows(adapters):
             return self.model.get_base_model()(**batch)
 
-    def _prefix_cache(self, adapters):
+    def _prefix_cache(self, adapters: list[str | None]) -> DynamicCache:
         """Keys and values of the prefix for each row, computed once per adapter."""
         for name in set(adapters) - set(self._caches):
             ids = torch.tensor([self.prefix], device=self.model.device)

@@ -4,14 +4,14 @@ import torch
 
 
 class LabelTrie:
-    """Labels as a tree of tokens behind a prompt: the last token of a label is only predicted, so it is no node.
+    """Labels as a tree of tokens after a prompt. The last token of a label is only predicted, so it is no node.
 
-    nodes: M segments (ids, parent), parent -1 being the prompt's last token; column, token, weight [L, n]: the i-th
-    token of label l is predicted at column[l, i] (0 = the prompt's last token, k = node k - 1) and counts
-    weight[l, i] = 1/n, or 0 beyond the label's end.
+    nodes: M segments (ids, parent); parent -1 is the prompt's last token.
+    column, token, weight [L, n]: the i-th token of label l is predicted at column[l, i] (0 = the prompt's last token,
+    k = node k - 1) and counts weight[l, i] = 1/n, or 0 beyond the label's end.
     """
 
-    def __init__(self, label_ids):
+    def __init__(self, label_ids: list[list[int]]):
         """label_ids: L token id lists, none of them a prefix of another."""
         number = {(): 0}
         for ids in label_ids:
@@ -26,11 +26,11 @@ class LabelTrie:
                 self.column[row, i], self.token[row, i] = number[tuple(ids[:i])], token
                 self.weight[row, i] = 1 / len(ids)
 
-    def after(self, segment, at):
+    def after(self, segment: int, at: int) -> list[tuple[list[int], int]]:
         """The nodes as segments number `at`, `at + 1`, ... of a tree in which the prompt ends with `segment`."""
         return [(ids, segment if parent < 0 else at + parent) for ids, parent in self.nodes]
 
-    def scores(self, logits):
+    def scores(self, logits: torch.Tensor) -> torch.Tensor:
         """Length-normalised log-likelihoods [B, L] from the logits [B, 1 + M, V] at prompt end and nodes."""
         logp = logits.float().log_softmax(-1)
         device = logits.device
