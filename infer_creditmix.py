@@ -2,8 +2,10 @@
 
     python infer_creditmix.py --model_dir runs/smollm2_sft --features "Age: 23.0, Occupation: Scientist, ..."
     python infer_creditmix.py --model_dir runs/smollm2_sft --input rows.jsonl --output out.jsonl
+    generate_rows | python infer_creditmix.py --model_dir runs/smollm2_sft --input - --output -
 
-Input rows are {"question": features text, ...}; each output row repeats its input row and adds the answer.
+Input rows are {"question": features text, ...}. Each output row repeats its input row, with its id and whatever else it
+holds, and adds the answer.
 """
 
 import argparse
@@ -12,42 +14,52 @@ import sys
 from pathlib import Path
 
 from common import Calibration, LabelScorer, Task, answers, load_model
-from distill.files import UserError, atomic_write, check_row, cli, read_rows
+from distill.files import ROOT, UserError, atomic_write, check_row, cli, read_rows
 
 
 def main(args):
-    if bool(args.features is None) == bool(args.input is None) or bool(args.input) != bool(args.output):
+    if (args.features is None) == (args.input is None) or bool(args.input) != bool(args.output):
         raise UserError("expected either --features TEXT, or --input FILE with --output FILE")
-    if args.input:
-        rows = read_rows(args.input, {"question": str})
-    elif args.features.strip():
-        rows = [{"question": args.features}]
-        check_row("--features", rows[0], {"question": str}, {})
-    else:
-        raise UserError("--features: the text is empty")
-    task = Task.of(args.model_dir, args.task)
-    model, tokenizer = load_model(args.model_dir, args.precision)
-    scorer = LabelScorer(model, tokenizer, task.labels, task.null_prompts())
-    calibration = Calibration.load(args.model_dir, task)
-    if not calibration.fitted:
-        print(f"{args.model_dir}: no calibration.json: null calibration, probabilities are not fitted", file=sys.stderr)
-    raw = scorer.score([task.prompt(r["question"]) for r in rows], progress=bool(args.input))
-    found = answers(task, raw, scorer.prior(task), calibration, str(args.model_dir))
-    if args.input:
-        with atomic_write(args.output) as f:
-            for row, answer in zip(rows, found, strict=True):
-                f.write(json.dumps({**row, **answer}, ensure_ascii=False) + "\n")
-        print(f"{len(rows)} rows in {args.output}")
-    else:
+    rows = read_rows(args.input, {"question": str}) if args.input else one_row(args.features)
+    found = classify(args.model_dir, Task.of(args.model_dir, args.task), [r["question"] for r in rows], args.precision)
+    if args.features is not None:
         print(json.dumps(found[0], indent=1, ensure_ascii=False))
+        return
+    lines = [json.dumps({**row, **answer}, ensure_ascii=False) + "\n" for row, answer in zip(rows, found, strict=True)]
+    if str(args.output) == "-":
+        sys.stdout.writelines(lines)
+        return
+    with atomic_write(args.output) as f:
+        f.writelines(lines)
+    print(f"{len(rows)} rows in {args.output}")
+
+
+def one_row(features: str) -> list[dict]:
+    """The row of --features. Error: UserError when it is empty or no text."""
+    if not features.strip():
+        raise UserError("--features: the text is empty")
+    check_row("--features", row := {"question": features}, {"question": str}, {})
+    return [row]
+
+
+def classify(model_dir: str, task: Task, texts: list[str], precision: str) -> list[dict]:
+    """The answer to each text: prediction, scores and probabilities."""
+    model, tokenizer = load_model(model_dir, precision)
+    scorer = LabelScorer(model, tokenizer, task.labels, task.null_prompts())
+    calibration = Calibration.load(model_dir, task)
+    if not calibration.fitted:
+        print(f"{model_dir}: no calibration.json: null calibration, probabilities are not fitted", file=sys.stderr)
+    raw = scorer.score([task.prompt(text) for text in texts], progress=len(texts) > 1)
+    return answers(task, raw, scorer.prior(task), calibration, model_dir)
 
 
 if __name__ == "__main__":
+    task_file = ROOT / "data" / "creditmix_task.json"
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model_dir", required=True, help="adapter folder, model folder, hub id or smollm2-135m")
     p.add_argument("--features", help="the features text of one row; the answer is printed as JSON")
-    p.add_argument("--input", type=Path, help="JSON or JSONL file of rows with a field question")
-    p.add_argument("--output", type=Path, help="JSONL file of the answers, written whole at the end")
-    p.add_argument("--task", type=Path, default=Path("data/creditmix_task.json"), help="for a model without task.json")
+    p.add_argument("--input", type=Path, help="JSON or JSONL file of rows with a field question; - for standard input")
+    p.add_argument("--output", type=Path, help="JSONL file of the answers, written whole at the end; - to print")
+    p.add_argument("--task", type=Path, default=task_file, help="for a model without task.json")
     p.add_argument("--precision", choices=["auto", "nf4", "bf16", "fp32"], default="auto", help="of the base model")
     cli(main, p)

@@ -154,12 +154,13 @@ class ResumableJsonl:
 
 
 def read_text(path):
-    """Text of a UTF-8 file; UserError when it is missing, empty or not text."""
+    """Text of a UTF-8 file, or of standard input (-); UserError when it is missing, empty or not text."""
     path = Path(path)
-    if not path.is_file():
+    if str(path) != "-" and not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
         text = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise UserError(f"{path}: not a gzip file: {one_line(e)}") from None
@@ -186,7 +187,7 @@ def read_json(path):
 
 
 def read_rows(path, fields, optional=None):
-    """Rows of a JSON list or a JSONL file, each checked against its fields.
+    """Rows of a JSON list or a JSONL file (- for standard input), each checked against its fields.
 
     fields, optional: {name: type or tuple of types}; a required string must also hold more than white space.
     Errors: UserError naming file, line (or item of the list), field and what was expected.

@@ -2,9 +2,12 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from common import Task, holdout, row_hash
 from distill.evaluate import bootstrap, confusion, ece, from_confusion, mcnemar, metrics, takes_over
@@ -189,6 +192,19 @@ def test_infer_a_file_and_one_row_agree(run, tiny_adapter, jsonl, tmp_path):
     assert sum(one["probabilities"].values()) == pytest.approx(1)
     top = sorted(one["scores"].values())
     assert one["top2_margin"] == pytest.approx(top[-1] - top[-2])
+
+
+def test_infer_reads_standard_input_in_any_folder_and_keeps_the_fields_of_a_row(tiny, tmp_path):
+    rows = [{"id": f"row {i}", "question": f"Age: {i}.0", "seen": {"by": [i]}} for i in range(3)]
+    command = [sys.executable, ROOT / "infer_creditmix.py", "--model_dir", tiny, "--input", "-", "--output", "-"]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    done = subprocess.run(command, input=lines, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [{name: row[name] for name in rows[0]} for row in found] == rows, done.stderr[-1500:]
+    assert all(row["prediction"] in ("Good", "Standard", "Bad") for row in found)
+    command[4:] = ["--features", b"caf\xe9"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "half a character" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize(
