@@ -15,8 +15,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from distill.files import UserError, check_row, one_line, read_json, sha256, write_json
-from distill.hardware import choose_precision, device, device_key, room, weight_bytes
-from distill.model.hub import adapter_base, base_config
+from distill.hardware import cap_memory, choose_precision, device, device_key, room, weight_bytes
+from distill.model.hub import adapter_base, base_config, base_mismatches, base_record
 from distill.model.label_forward import LabelForward, batches, shared_prefix, token_budget
 from distill.model.label_trie import LabelTrie
 
@@ -193,7 +193,7 @@ def _chat(tokenizer, user, answer=None):
 # Loading models
 
 
-def load_base(name, precision="auto", base=None, offload_folder=None):
+def load_base(name: str | Path, precision: str = "auto", base: tuple | None = None, offload_folder: str | None = None):
     """(model, tokenizer) of a hub id, a local folder or the embedded student, in eval mode.
 
     Attention goes through sdpa, transformers' default, where the architecture has it.
@@ -241,22 +241,30 @@ def load_base(name, precision="auto", base=None, offload_folder=None):
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.name_or_path = model.config.name_or_path = str(name)  # what PEFT writes into an adapter
-    model.precision = precision
+    model.precision, model.base_record = precision, base_record(name, path, config, tokenizer)
     return model, tokenizer
 
 
-def load_model(name_or_dir, precision="auto"):
-    """(model, tokenizer), to answer, of a hub id, local folder, the embedded student, or an adapter on its base."""
+def load_model(name_or_dir: str | Path, precision: str = "auto", max_vram_gb: float | None = None):
+    """(model, tokenizer) for inference, of a hub id, local folder, the embedded student, or an adapter on its base.
+
+    precision: as load_base. max_vram_gb: GiB that torch may reserve on the GPU; by default all, less under WSL2.
+    """
     from distill.model.fused_lora import fuse_norms
 
+    cap_memory(max_vram_gb)
     adapter = (Path(name_or_dir) / "adapter_config.json").is_file()
     name = adapter_base(name_or_dir) if adapter else name_or_dir
     model, tokenizer = load_base(name, precision, offload_folder=os.environ.get("OFFLOAD_FOLDER"))
     fuse_norms(model)
-    return add_adapter(model, name_or_dir) if adapter else model, tokenizer
+    if not adapter:
+        return model, tokenizer
+    for mismatch in base_mismatches(name_or_dir, model.precision, model.base_record):
+        print(f"warning: {name_or_dir}: {mismatch}", file=sys.stderr)
+    return add_adapter(model, name_or_dir), tokenizer
 
 
-def add_adapter(model, folder, name="default", trainable=False):
+def add_adapter(model, folder: str | Path, name: str = "default", trainable: bool = False):
     """The base model with one more adapter from `folder`; UserError when it does not fit or did not load."""
     from peft import PeftModel
     from safetensors.torch import load_file
@@ -267,7 +275,7 @@ def add_adapter(model, folder, name="default", trainable=False):
         else:
             base, places = model, model.__dict__.pop("hf_device_map", None)  # by it PEFT would move offloaded layers
             model = PeftModel.from_pretrained(base, folder, adapter_name=name, is_trainable=trainable)
-            model.precision = base.precision
+            model.precision, model.base_record = base.precision, base.base_record
             if places:
                 base.hf_device_map = places
         if any(p.is_meta for p in model.parameters()):

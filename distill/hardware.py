@@ -1,6 +1,10 @@
 """What this process computes on: device, memory, precision."""
 
 import os
+import platform
+import sys
+
+WSL_RESERVE = 0.8  # GiB of the card that Windows needs for itself
 
 
 def device():
@@ -10,19 +14,41 @@ def device():
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else "cpu"
 
 
-def cap_memory(gib=None):
-    """GiB that torch may reserve on this process's GPU: `gib` from now on, else all of it; None on a CPU."""
+def cap_memory(gib: float | None = None) -> float | None:
+    """Cap what torch may reserve on this process's GPU -> the cap in GiB; None on a CPU.
+
+    gib: the cap; by default the one in force, else that of `default_cap`.
+    """
     import torch
 
     if not torch.cuda.is_available():
         return None
     whole = torch.cuda.get_device_properties(device()).total_memory / 2**30
-    if gib and gib < whole:
+    before = torch.cuda.get_per_process_memory_fraction(device())
+    if not gib and before < 1:
+        return before * whole
+    if not gib:
+        gib, note = default_cap(whole)
+        if note:
+            print(note, file=sys.stderr)
+    if gib < whole:
         torch.cuda.set_per_process_memory_fraction(gib / whole, device())
-    return min(gib or whole, whole)
+    return min(gib, whole)
 
 
-def room():
+def default_cap(whole: float, release: str | None = None) -> tuple[float, str]:
+    """(GiB, note): what a process may use of a card of `whole` GiB where the user sets no cap. All, but under WSL2.
+
+    release: of the kernel, by default this machine's. WSL2's contains "microsoft".
+    """
+    if "microsoft" not in (release or platform.uname().release).lower():
+        return whole, ""
+    cap = whole - WSL_RESERVE
+    reason = "beyond the card's free memory Windows moves GPU memory to RAM without an error, 10 to 50 times slower"
+    return cap, f"WSL2: using at most {cap:.1f} of {whole:.1f} GiB: {reason}"
+
+
+def room() -> dict[int | str, int]:
     """Bytes for weights on each device, as accelerate asks: a third of this process's GPU share is for activations."""
     import torch
     from accelerate.utils import get_max_memory
@@ -36,13 +62,13 @@ def room():
     return free
 
 
-def device_key():
+def device_key() -> int | str:
     """The key of this process's device in `room()`."""
     place = device()
     return place if place == "cpu" else place.index
 
 
-def weight_bytes(config, precision):
+def weight_bytes(config, precision: str) -> int:
     """Bytes of a model's weights in "nf4", "bf16" or "fp32", from its config alone: linear layers count in 4 bits.
 
     In NF4 with double quantisation a weight takes half a byte, plus one byte per 64 weights and 4 bytes per 256 of
@@ -62,11 +88,11 @@ def weight_bytes(config, precision):
     return int(total)
 
 
-def choose_precision(config, precision="auto"):
+def choose_precision(config, precision: str = "auto") -> tuple[str, str]:
     """(precision, why): "nf4" where 16 bits would not leave room on a small card, "bf16" on a GPU, "fp32" on a CPU."""
     if precision != "auto":
         return precision, "as asked"
-    # embeddings and head stay in 16 bits either way: below about 1e9 weights 4 bits save little and cost accuracy
+    # embeddings and lm_head stay in 16 bits: below about 1e9 weights 4 bits save little and cost accuracy
     text = config.get_text_config()
     large = text.hidden_size * text.num_hidden_layers >= 40_000
     if str(device()).startswith("cuda"):

@@ -11,13 +11,11 @@ from serving import ROOT, rows
 
 sys.path.insert(0, str(ROOT))
 from common import LabelScorer, Task, load_model
-from distill.hardware import cap_memory
 
 
 def main(folder, gib=None):
-    cap_memory(gib and float(gib))
     task = Task.load(ROOT / "data" / "creditmix_task.json")
-    model, tokenizer = load_model(folder, "bf16")
+    model, tokenizer = load_model(folder, "bf16", max_vram_gb=gib and float(gib))
     scorer = LabelScorer(model, tokenizer, task.labels, task.null_prompts())
     prompts = [task.prompt(text) for text in rows(256)]
     found = scorer.score(prompts[:32])

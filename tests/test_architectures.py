@@ -94,7 +94,10 @@ def test_labels_are_scored_apart_where_a_model_takes_no_trees(folders, task, nam
     labels = ("Good", "Good enough", "Bad")  # one begins another, so the trie has inner nodes
     scorer = LabelScorer(model, tokenizer, labels, task.null_prompts())
     prompts = [task.prompt(f"Age: {age}, Occupation: Writer") for age in (20, 3)]
+    seen = []
+    model.get_output_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
     found = scorer.score(prompts)
+    assert seen == [1]  # of each text one token's logits, since those of all may not fit the memory
     from common import completion_ids, prompt_ids
 
     for row, prompt in enumerate(prompts):
@@ -118,7 +121,9 @@ def test_another_architecture_trains_and_says_what_it_does_without(run, folders,
     assert ("adapter on all linear layers: no " in done.stdout) == (name != "gemma3")
     weights = load_file(tmp_path / "a" / "adapter_model.safetensors")
     assert weights and all(w.any() for n, w in weights.items() if "lora_B" in n)
-    assert json.loads((tmp_path / "a" / "run.json").read_text())["status"] == "finished"
+    record = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert record["status"] == "finished" and record["tokens"]["p99"] > 0
+    assert set(record["base"]) == {"revision", "weights", "chat_template"} and record["base"]["weights"]
     answer = run("infer_creditmix.py", "--model_dir", tmp_path / "a", "--features", "Age: 23.0")
     assert json.loads(answer.stdout)["prediction"] in task.labels, answer.stderr[-500:]
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from common import (
     prompt_of,
     unit_hash,
 )
-from distill.files import UserError, atomic_write, read_rows
+from distill.files import UserError, atomic_write, read_rows, write_json
 from distill.hardware import weight_bytes
 
 SIX = ("Good", "Good enough", "Standard", "Bad", "Very bad indeed", "Very good")  # several tokens, one a beginning
@@ -399,6 +400,21 @@ def test_a_fit_survives_its_file_and_a_bad_file_is_named(tmp_path, task):
     (tmp_path / "calibration.json").write_text('{"w": 1, "b": {"Good": 0}, "T": 1}')
     with pytest.raises(UserError, match="expected one number for each of"):
         Calibration.load(tmp_path, task)
+
+
+def test_a_base_other_than_that_of_training_is_reported(tiny, tiny_adapter, tmp_path, capsys):
+    folder = tmp_path / "a"
+    shutil.copytree(tiny_adapter("sft"), folder)
+    model = load_base(tiny)[0]
+    assert model.precision == "fp32" and model.base_record["weights"] and model.base_record["chat_template"]
+    write_json(folder / "run.json", {"precision": "bf16", "base": model.base_record})
+    load_model(folder)
+    assert "warning" not in capsys.readouterr().err  # fp32 computes what bf16 does
+    write_json(folder / "run.json", {"precision": "nf4", "base": {**model.base_record, "weights": "0" * 16}})
+    load_model(folder)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith(f"warning: {folder}: ")]
+    assert len(said) == 2 and "trained on its base in nf4, loaded in fp32" in said[0]
+    assert "weights of its base: 0000000000000000 in training" in said[1]
 
 
 @pytest.mark.parametrize(

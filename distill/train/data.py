@@ -110,7 +110,7 @@ def describe(tokenizer, rows: list[dict], dropped: dict[str, int], dropped_dev: 
     lengths = sorted(len(r["input_ids"]) for r in rows)
     drops = [f"{n} {why}" for why, n in dropped.items() if n]
     gone = ", ".join(drops + [f"{n} development rows {why}" for why, n in dropped_dev.items() if n])
-    at = {q: lengths[min(int(len(lengths) * q / 100), len(lengths) - 1)] for q in (50, 95, 100)}
+    at = {q: lengths[min(int(len(lengths) * q / 100), len(lengths) - 1)] for q in (50, 95, 99, 100)}
     print(f"{len(rows)} rows; tokens per row: median {at[50]}, 95% {at[95]}, max {at[100]}; {gone or 'none'} dropped")
     n = rows[0]["labels"].count(-100)
     prompt, trained = tokenizer.decode(rows[0]["input_ids"][:n]), tokenizer.decode(rows[0]["input_ids"][n:])
@@ -118,7 +118,7 @@ def describe(tokenizer, rows: list[dict], dropped: dict[str, int], dropped_dev: 
     return {
         "rows_dropped": dropped,
         "dev_rows_dropped": dropped_dev,
-        "tokens": {"median": at[50], "p95": at[95], "longest": at[100]},
+        "tokens": {"median": at[50], "p95": at[95], "p99": at[99], "longest": at[100]},
         "trained": trained,
     }
 

@@ -48,6 +48,7 @@ def run_training(trainer, run: Run, record: dict, earlier_hashes: Iterable[str] 
         **record,
         "student": run.student,
         "precision": base.precision,
+        "base": base.base_record,
         "task": trainer.task.name if trainer.task else None,
         "rows": len({r["row_number"] for r in trainer.train_rows}),
         "steps": trainer.state.global_step,
