@@ -8,8 +8,10 @@
     curl -X POST localhost:8000/infer/sft -H 'Content-Type: application/json' -d '{"features": "Age: 23.0, ..."}'
 
 Environment: BASE_MODEL; SFT_DIR, KD_DIR, DPO_DIR; TASK (data/creditmix_task.json); HOST, PORT; API_KEY (then /infer and
-/admin ask for the header X-API-Key); DEADLINE (30 seconds a request); MAX_QUEUE (512 rows); MAX_VRAM_GB (the
-GPU's); OFFLOAD_FOLDER (where layers wait that fit neither the GPU, in 4 bits, nor RAM).
+/admin ask for the header X-API-Key); DEADLINE (30 seconds per request); MAX_QUEUE (512 rows); MAX_ROW_TOKENS (of a row
+with its prompt: four times the 99th percentile of the training rows, 1024 where that is unknown); MAX_VRAM_GB (the
+GPU's, less 0.8 under WSL2); PRECISION (auto, nf4, bf16, fp32); OFFLOAD_FOLDER (where layers wait that fit neither the
+GPU, in 4 bits, nor RAM).
 
 This process speaks HTTP and bounds the queue. Another one owns the models and answers rows of all four in one forward
 pass (distill/serve/engine.py). Nothing is kept on disk.
@@ -21,7 +23,7 @@ import contextlib
 import hmac
 import json
 import os
-import re
+import sys
 import time
 from typing import Annotated, Literal
 
@@ -34,15 +36,21 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from distill.files import ROOT, UserError, cli, sha256
 from distill.serve.client import EngineClient
-from distill.serve.limits import CLASSES, MARGIN, REJECTIONS, RequestLimits, log, open_log
-from distill.serve.settings import MODELS, Settings
-
-MAX_FEATURES = 4000  # characters; the six fields need about 200
-MAX_LIST = 256  # rows of one list request
-EXAMPLE = (
-    "Age: 23.0, Occupation: Scientist, Annual Income: 19114.12, Outstanding Debt: 809.98, "
-    "Credit Utilization Ratio: 35.03, Payment Behaviour: Low_spent_Small_value_payments"
+from distill.serve.description import example, fields, openapi, title
+from distill.serve.limits import (
+    CLASSES,
+    MARGIN,
+    MAX_FEATURES,
+    MAX_LIST,
+    REJECTIONS,
+    RequestLimits,
+    log,
+    open_log,
+    warn_if_exposed,
 )
+from distill.serve.settings import MODELS, PRECISIONS, Settings
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The app
@@ -56,21 +64,25 @@ async def lifespan(app):
     )
     await engine.start()
     running = asyncio.create_task(engine.run())
-    while getattr(app.state, "start_when_loaded", False) and engine.state == "loading":
+    on_ray = getattr(app.state, "on_ray", False)
+    while on_ray and engine.state == "loading":  # Ray sends requests to a replica that has started
         await asyncio.sleep(0.1)
+    warning = asyncio.create_task(warn_if_exposed()) if not (engine.settings.api_key or on_ray) else None
     yield  # until every accepted request is answered
+    if warning:
+        warning.cancel()
     await engine.stop()
     await running
 
 
 app = FastAPI(
-    title="CreditMix",
     description="Label models with calibrated scores. Probabilities mean something only for a fitted model (/readyz).",
     lifespan=lifespan,
-    docs_url=None,  # these pages load scripts from elsewhere
+    docs_url=None,  # these pages would load scripts from elsewhere; ours is below
     redoc_url=None,
 )
 app.add_middleware(RequestLimits)
+app.openapi = lambda: openapi(app)
 
 
 @app.exception_handler(RequestValidationError)
@@ -96,17 +108,17 @@ async def check_operator(request: Request, _: Annotated[None, Depends(check_key)
 
 
 Features = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_FEATURES)]
-Scores = Annotated[dict[str, float], Field(examples=[{"Good": -0.25, "Standard": -1.75, "Bad": -3.5}])]
+Scores = dict[str, float]
 
 
 class Question(BaseModel):
     model_config = ConfigDict(extra="forbid")
-    features: Features = Field(examples=[EXAMPLE])
+    features: Features
 
 
 class Questions(BaseModel):
     model_config = ConfigDict(extra="forbid")
-    features: list[Features] = Field(min_length=1, max_length=MAX_LIST, examples=[[EXAMPLE]])
+    features: list[Features] = Field(min_length=1, max_length=MAX_LIST)
 
 
 class Adapter(BaseModel):
@@ -117,11 +129,11 @@ class Adapter(BaseModel):
 class Answer(BaseModel):
     model_config = ConfigDict(protected_namespaces=())
     model_name: str = Field(examples=["sft"])
-    prediction: str = Field(examples=["Good"])
+    prediction: str
     scores: Scores = Field(description="calibrated")
     raw_scores: Scores = Field(description="length-normalised log-likelihoods")
     prior: Scores = Field(description="the model's mean raw scores of content-free inputs")
-    probabilities: dict[str, float] = Field(examples=[{"Good": 0.79, "Standard": 0.18, "Bad": 0.03}])
+    probabilities: Scores = Field(description="softmax of the calibrated scores")
     top2_margin: float = Field(description="best calibrated score less the next", examples=[1.5])
 
 
@@ -198,10 +210,12 @@ async def healthz() -> dict[str, str]:
 async def readyz(request: Request):
     """The state of the base and of each model; 200 once the base can answer, priors and fits included."""
     engine = request.app.state.engine
-    about = {"status": engine.state, "detail": engine.failure, "base_model": engine.settings.base}
-    fields = re.findall(r"(?:^|, )([^,:]+): N/A", engine.settings.task.null_inputs[0])  # for the page's form
-    about |= {"labels": engine.settings.task.labels, "fields": fields, "models": engine.models}
-    return JSONResponse(about, 200 if engine.state == "ready" else 503)
+    task = engine.settings.task
+    report = {"status": engine.state, "detail": engine.failure, "base_model": engine.settings.base}
+    report |= {"labels": task.labels, "fields": fields(task), "models": engine.models}
+    report |= {"task": task.name, "title": title(task), "instruction": task.template, "example": example(task)}
+    report |= {"max_row_tokens": engine.max_row_tokens}
+    return JSONResponse(report, 200 if engine.state == "ready" else 503)
 
 
 @app.get("/metrics", response_class=Response)
@@ -212,9 +226,20 @@ async def metrics():
 
 @app.get("/", response_class=HTMLResponse)
 async def page():
-    """The models side by side, in one file; the policy forbids loading anything from elsewhere."""
+    """The models side by side."""
+    return html("serve_page.html")
+
+
+@app.get("/docs", response_class=HTMLResponse)
+async def docs():
+    """This interface, made from /openapi.json."""
+    return html("serve_docs.html")
+
+
+def html(name: str) -> HTMLResponse:
+    """A page in one file; the policy forbids loading anything from elsewhere."""
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
-    text = (ROOT / "data" / "serve_page.html").read_text(encoding="utf-8")
+    text = (ROOT / "data" / name).read_text(encoding="utf-8")
     return HTMLResponse(text, headers={"Content-Security-Policy": policy})
 
 
@@ -226,7 +251,7 @@ def app_of_replica():
     """The app, built in each Ray replica: it cannot be sent there, since its metrics hold locks."""
     from serve_creditmix import app
 
-    app.state.start_when_loaded = True  # Ray sends requests to a replica that has started
+    app.state.on_ray = True
     return app
 
 
@@ -250,8 +275,12 @@ def serve_on_ray(host: str, port: int, replicas: int, gpus: float):
 
 
 def main(args):
-    Settings.from_environment()  # errors before anything starts
+    if args.precision:
+        os.environ["PRECISION"] = args.precision
+    settings = Settings.from_environment()  # errors before anything starts
     if args.replicas:
+        if args.host not in LOOPBACK and not settings.api_key:
+            print(f"warning: listening on {args.host} without API_KEY: anyone who reaches it may ask", file=sys.stderr)
         return serve_on_ray(args.host, args.port, args.replicas, args.gpus)
     import uvicorn
 
@@ -266,6 +295,7 @@ if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--host", default=os.environ.get("HOST", "127.0.0.1"), help="address (default: HOST or 127.0.0.1)")
     p.add_argument("--port", type=int, default=os.environ.get("PORT", "8000"), help="port (default: PORT or 8000)")
+    p.add_argument("--precision", choices=PRECISIONS, help="of the base model (default: PRECISION or auto)")
     p.add_argument("--replicas", type=int, help="run so many under Ray Serve (requirements-ray.txt); default: no Ray")
     p.add_argument(
         "--gpus", type=float, default=0, help="a replica's share of GPUs under Ray, such as 0.5 (default: 0)"

@@ -4,10 +4,10 @@
     python tests/random_model.py 3b runs/random-3b                 random weights in the shape of Qwen2.5-3B
     MAX_VRAM_GB=4 python tests/bench_serve.py --base runs/random-3b --rows 1024 --rounds 1
 
-Bars (issue 5): every answer equals the single-request answer to 1e-3 (fp32; bf16 differs with the batch's shape), at
-least 0.85x the offline scorer on the same rows (one row a request misses it on a GPU, lists meet it with a 3B), at
-least 1.2x one at a time on a CPU and 8x on a GPU. Rounds alternate in one run, so the ratios hold on a machine whose
-speed drifts. Where runs/smollm2_* are missing, adapters with random weights stand in: they cost the same.
+The aim: every answer equals the single-request answer to 1e-3 (fp32; bf16 differs with the batch's shape), at least
+0.85x the offline scorer on the same rows (one row per request misses it on a GPU, lists meet it with a 3B), at least
+1.2x one at a time on a CPU and 8x on a GPU. Rounds alternate in one run, so the ratios hold on a machine whose speed
+drifts. Where runs/smollm2_* are missing, adapters with random weights stand in, since they cost the same.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def main(args):
                 seconds, found = at_once(server, asked, args.clients)
                 passes += batches(server)
                 times["served"].append(seconds / args.rows)
-                times["lists"].append(timed(in_lists, server, asked, args)[1] / args.rows)
+                times["lists"].append(timed(in_lists, server, asked, args.list, args.clients)[1] / args.rows)
                 for got, want in zip(found[i * 64 % args.rows :], alone, strict=False):
                     worst = max(worst, *(abs(got["scores"][label] - want["scores"][label]) for label in task.labels))
             peak = server.metric("serve_gpu_peak_bytes") / 2**30
@@ -74,7 +74,7 @@ def main(args):
         f"{listed / scored:.2f}x offline"
     )
     print(f"largest difference of a score from the single request's: {worst:.1e} over {64 * args.rounds} rows")
-    print(f"rows a forward pass: {passes[1] / passes[0]:.1f}")
+    print(f"rows per forward pass: {passes[1] / passes[0]:.1f}")
     print(f"GPU memory of the server at its peak: {peak:.2f} GiB reserved" if peak else "no GPU")
     print(f"first request {1000 * first[0]:.0f} ms, median of the next 19 {1000 * np.median(first[1:]):.0f} ms")
 
@@ -148,18 +148,17 @@ def at_once(server, asked, clients):
     return seconds, [found[i % clients][i // clients] for i in range(len(asked))]
 
 
-def in_lists(server, asked, args):
-    """The rows as requests of args.list rows of one model, from as many clients as before."""
+def in_lists(server, asked, size, clients):
+    """The rows as requests of `size` rows of one model, from as many clients as before."""
     by_model = [[text for model, text in asked if model == name] for name in MODELS]
-    size = args.list
     lists = [(m, own[i : i + size]) for m, own in zip(MODELS, by_model, strict=True) for i in range(0, len(own), size)]
-    at_once(server, sorted(lists, key=lambda one: one[1][0]), args.clients)  # mixed, not model after model
+    at_once(server, sorted(lists, key=lambda one: one[1][0]), clients)  # mixed, not model after model
 
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--base", default=EMBEDDED, help="base model (default: %(default)s)")
-    p.add_argument("--rows", type=int, default=128, help="rows a round, at least 64; a GPU wants 1024 (default: 128)")
+    p.add_argument("--rows", type=int, default=128, help="rows per round, at least 64; a GPU wants 1024 (default: 128)")
     p.add_argument("--clients", type=int, default=64, help="concurrent clients (default: 64)")
     p.add_argument("--list", type=int, default=8, help="rows of a list request (default: 8)")
     p.add_argument("--rounds", type=int, default=3, help="rounds of offline and served; medians count (default: 3)")

@@ -21,20 +21,24 @@ def rows(n, start=0):
 
 
 class Server:
-    """`with Server(folder, BASE_MODEL=..., ...) as server:` runs serve_creditmix.py until the block ends."""
+    """`with Server(folder, BASE_MODEL=..., ...) as server:` runs serve_creditmix.py until the block ends.
+
+    command: what to run instead; {port} in it becomes the port.
+    """
 
     def __init__(self, folder, stdout=None, ready=True, command=None, **env):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             self.port = s.getsockname()[1]
         own = ("BASE_MODEL", "SFT_DIR", "KD_DIR", "DPO_DIR", "TASK", "API_KEY", "DEADLINE", "MAX_QUEUE", "HOST")
+        own += ("MAX_ROW_TOKENS", "MAX_VRAM_GB", "PRECISION")
         environment = {k: v for k, v in os.environ.items() if k not in own}
         environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         environment |= {k: str(v) for k, v in env.items()} | {"PORT": str(self.port)}
         self.log, self.ready = Path(folder) / f"server-{self.port}.log", ready
         self.headers = {"X-API-Key": environment["API_KEY"]} if "API_KEY" in environment else {}
         with open(self.log, "w") as err:
-            command = command or [sys.executable, "serve_creditmix.py"]
+            command = [part.format(port=self.port) for part in command or [sys.executable, "serve_creditmix.py"]]
             self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stdout or err, stderr=err)
 
     def __enter__(self):

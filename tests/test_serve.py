@@ -1,5 +1,6 @@
 """The server as a user starts it: a real process on loopback, a tiny random model with three adapters."""
 
+import asyncio
 import concurrent.futures
 import importlib.util
 import json
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -139,7 +141,7 @@ def test_a_reload_takes_the_new_adapter_and_harms_nobody(server, folders, task):
 
 
 def test_another_task_is_served_without_code(tiny, tiny_adapter, tmp_path):
-    """And adapters of another task or another base are refused by name."""
+    """Adapters of another task or another base are refused by name; limits and exposure are those of the settings."""
     labels = ["Red", "Red wine", "Reddish", "Blue", "Ultramarine blue", "None of them"]
     path = tmp_path / "colours_task.json"
     template = "Which colour is meant?\n\n{input}"
@@ -147,11 +149,24 @@ def test_another_task_is_served_without_code(tiny, tiny_adapter, tmp_path):
     shutil.copytree(tiny_adapter("kd"), tmp_path / "kd")
     config = tmp_path / "kd" / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "another/model"}))
-    with Server(tmp_path, BASE_MODEL=tiny, TASK=path, SFT_DIR=tiny_adapter("sft"), KD_DIR=tmp_path / "kd") as server:
+    env = {"TASK": path, "SFT_DIR": tiny_adapter("sft"), "KD_DIR": tmp_path / "kd", "MAX_ROW_TOKENS": 100}
+    uvicorn = [sys.executable, "-m", "uvicorn", "serve_creditmix:app", "--host", "0.0.0.0", "--port", "{port}"]
+    with Server(tmp_path, command=uvicorn, BASE_MODEL=tiny, **env) as server:
         status, got, _ = server.infer("base", "the sky")
         assert status == 200 and list(got["probabilities"]) == labels
         assert sum(got["probabilities"].values()) == pytest.approx(1)
-        assert server.request("GET", "/readyz")[1]["fields"] == []
+        report = server.request("GET", "/readyz")[1]
+        assert (report["fields"], report["title"], report["max_row_tokens"]) == ([], "C", 100)
+        assert report["models"]["dpo"]["state"] == "missing" and "runs/c_dpo" in report["models"]["dpo"]["detail"]
+        status, got, _ = server.infer("base", ["the sky", "7" * 90])
+        assert (
+            status == 413 and "row 2 has" in got["detail"] and "expected at most 100 (MAX_ROW_TOKENS)" in got["detail"]
+        )
+        schema = server.request("GET", "/openapi.json")[1]
+        assert schema["info"]["title"] == "C" and "100 tokens with the prompt (413)" in schema["info"]["description"]
+        row = schema["components"]["schemas"]["Question"]["properties"]["features"]["examples"][0]
+        assert server.infer("base", row)[0] == 200
+        assert "listening on 0.0.0.0 without API_KEY" in server.log.read_text()
         assert "task.json: fields 'labels' and 'template'" in server.infer("sft", "x")[1]["detail"]
         assert "trained on another/model; expected" in server.infer("kd", "x")[1]["detail"]
 
@@ -168,7 +183,7 @@ def test_another_task_is_served_without_code(tiny, tiny_adapter, tmp_path):
         ({"features": 3}, 422, "valid string"),
         ({"features": "x", "label": "Good"}, 422, "Extra inputs"),
         ({"features": "x" * 4001}, 422, "at most 4000"),
-        ({"features": "語" * 4000}, 422, "tokens with the prompt, expected at most"),
+        ({"features": "語" * 4000}, 413, "tokens with the prompt; expected at most"),
         (b'{"features": NaN}', 422, "valid string"),
         (b'{"features": "\\ud800"}', 422, "unicode"),
         (b'{"features": "x"', 422, "JSON decode error"),
@@ -195,7 +210,7 @@ def test_only_what_exists_is_there(server):
     assert status == 422 and "'base', 'sft', 'kd' or 'dpo'" in got["detail"][0]["msg"]
     assert server.request("GET", "/infer/sft")[0] == 405
     assert server.request("POST", "/infer", {})[0] == 404
-    assert server.request("GET", "/docs")[0] == 404  # its scripts come from elsewhere
+    assert server.request("GET", "/redoc")[0] == 404  # its scripts would come from elsewhere
     assert server.request("POST", "/infer/sft", b'{"features": "x"}', {"Content-Type": "text/plain"})[0] == 422
 
 
@@ -222,7 +237,9 @@ def test_broken_and_missing_adapters_leave_the_others_serving(narrow):
     status, got, _ = narrow.infer("kd", "x")
     assert status == 503 and "kd: does not load" in got["detail"]
     status, got, _ = narrow.infer("dpo", "x")
-    assert status == 404 and "python dpo_train.py --student" in got["detail"] and "--save_dir" in got["detail"]
+    assert status == 404 and got["detail"].startswith("dpo: not trained")
+    assert "python dpo_train.py --student" in got["detail"] and "--save_dir" in got["detail"]
+    assert "without API_KEY" not in narrow.log.read_text()  # on loopback
     events = [json.loads(line) for line in narrow.log.read_text().splitlines() if line.startswith("{")]
     assert {e["model"]: e["state"] for e in events if e["event"] == "adapter not served"} == {
         "kd": "broken",
@@ -333,6 +350,7 @@ def engine_with(sent, task, scorer):
 
     engine = Engine(None, sent.append)
     engine.models.scorer, engine.models.model = scorer, None
+    scorer.forward = SimpleNamespace(prefix=[])
     engine.models.served = {"sft": ServedModel("ready", "", "sft-1", task, Calibration(), np.zeros(3))}
     engine.max_tokens = engine.budget = 100
     engine.window = 64
@@ -340,7 +358,7 @@ def engine_with(sent, task, scorer):
 
 
 def test_a_pass_takes_the_oldest_row_and_those_nearest_to_it_in_length():
-    engine = engine_with([], None, None)
+    engine = engine_with([], None, Instant())
     engine._waiting = [row(i, n) for i, n in enumerate((100, 180, 90, 95, 101, 30))]
     engine._take({"cancel": [3]})  # nobody waits for it any more
     engine.budget, engine.window = 310, 5
@@ -350,6 +368,104 @@ def test_a_pass_takes_the_oldest_row_and_those_nearest_to_it_in_length():
     assert [len(r.ids) for r in engine._choose()] == [100, 101, 90]
     engine.budget = 50
     assert [len(r.ids) for r in engine._choose()] == [100]
+
+
+def test_a_short_row_is_in_the_pass_after_the_running_one_whatever_the_list_that_waits():
+    engine = engine_with([], None, Instant())
+    engine.budget = 2048
+    engine._take([row(i, 500) for i in range(62)])
+    assert [r.number for r in engine._collect()] == [0, 1, 2, 3]
+    engine._take([row(100, 60)])
+    batch = engine._collect()
+    assert batch[0].number == 100 and len(batch) * max(len(r.ids) for r in batch) <= 2048
+    engine._take([row(200 + i, 500) for i in range(62)])
+    passes = [[r.number // 100 for r in engine._collect()] for _ in range(4)]
+    assert all({0, 2} <= set(own) for own in passes[1:])  # two lists share each pass
+
+
+def test_admission_estimates_by_tokens_and_a_long_list_refuses_no_short_row():
+    from distill.serve.client import EngineClient, Waiting
+
+    client = EngineClient(SimpleNamespace(deadline=30, max_queue=512), None)
+    client.seconds_per_token, client.pass_tokens = 0.005, 2048
+    client.rows = {i: Waiting(None, 0, 440) for i in range(62)}  # 136 s of work
+    client.tokens[0] = 62 * 440
+    assert client.full(1, 60) is None and client.seconds_until(60) == pytest.approx((2048 + 60) * 0.005)
+    assert client.full(62, 62 * 440).status_code == 503
+    client.tokens.update(dict.fromkeys(range(1, 100), 60))
+    assert client.seconds_until(60) == pytest.approx(101 * 60 * 0.005)  # each other request takes as much before it
+    for number in range(62):
+        client.remove(number)
+    assert 0 not in client.tokens
+
+
+def test_a_short_row_overtakes_a_list_of_long_ones(server):
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        late = pool.submit(server.infer, "kd", [LONG] * 120)
+        while server.metric("serve_queue_rows") < 100:
+            time.sleep(0.01)
+        assert server.infer("sft", "x")[0] == 200
+        assert server.metric("serve_queue_rows") > 0 and not late.done()
+        assert late.result()[0] == 200
+
+
+def test_a_row_has_at_most_four_times_the_tokens_of_training_rows(tmp_path):
+    from distill.serve.models import ROW_TOKENS, LabelModels, ServedModel, training_tokens
+
+    found = []
+    for record in ({"tokens": {"p95": 90, "longest": 130, "p99": 120}}, {"tokens": {"p95": 90, "longest": 130}}, {}):
+        (tmp_path / "run.json").write_text(json.dumps(record))
+        found.append(training_tokens(tmp_path))
+    assert found == [120, 130, None] and training_tokens(tmp_path / "none") is None
+    models = LabelModels(SimpleNamespace(max_row_tokens=None), None)
+    models.context = 8000
+    assert models.max_row_tokens == ROW_TOKENS
+    models.served |= {"sft": ServedModel("ready", training_tokens=120), "kd": ServedModel("ready", training_tokens=100)}
+    assert models.max_row_tokens == 480
+    models.context = 300
+    assert models.max_row_tokens == 300
+    models.settings.max_row_tokens = 200.0
+    assert models.max_row_tokens == 200
+
+
+def test_an_address_that_others_reach_is_reported(caplog, monkeypatch):
+    from distill.serve.limits import LOG, warn_if_exposed
+
+    monkeypatch.setattr(LOG, "propagate", True)
+    caplog.set_level("INFO", "serve")
+    with socket.create_server(("127.0.0.1", 0)):
+        asyncio.run(warn_if_exposed())
+        assert not caplog.messages
+        with socket.create_server(("0.0.0.0", 0)):
+            asyncio.run(warn_if_exposed())
+    assert "listening on 0.0.0.0 without API_KEY" in caplog.messages[0]
+
+
+def test_a_state_space_model_is_served(task, tmp_path):
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoTokenizer, MambaConfig, MambaForCausalLM
+
+    from distill.model.hub import embedded_student
+
+    tokenizer = AutoTokenizer.from_pretrained(embedded_student())
+    torch.manual_seed(0)
+    model = MambaForCausalLM(MambaConfig(vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2))
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["in_proj", "x_proj"], task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.3)
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "sft")
+    task.save(tmp_path / "sft" / "task.json")
+    with Server(tmp_path, BASE_MODEL=tmp_path / "base", SFT_DIR=tmp_path / "sft") as server:
+        for name, folder in (("base", "base"), ("sft", "sft")):
+            for text, want in zip(rows(3), offline(tmp_path / folder, task, rows(3), name), strict=True):
+                status, got, _ = server.infer(name, text)
+                assert status == 200
+                same(got, want)
 
 
 def test_a_batch_without_room_is_answered_by_halves(task):
@@ -384,9 +500,9 @@ def test_idle_time_is_no_time_of_a_row(task):
     engine.queue.put({"cancel": [0]})
     engine._answer([row(0, 10)])
     assert engine.busy_since
-    threading.Timer(0.5, engine.queue.put, [row(1, 10)]).start()
+    threading.Timer(0.5, engine.queue.put, [[row(1, 10)]]).start()
     engine._answer(engine._collect())
-    assert engine.seconds_per_row < 0.05
+    assert engine.seconds_per_token < 0.005
 
 
 def test_a_gpu_that_answers_no_more_ends_the_process(task):
@@ -473,6 +589,9 @@ def test_the_log_has_the_request_and_not_its_text(server):
 def test_openapi_has_examples_that_work(server):
     schema = server.request("GET", "/openapi.json")[1]
     assert {"/infer/{model}", "/infer/{model}/batch", "/admin/reload", "/healthz", "/readyz"} <= set(schema["paths"])
+    assert all(
+        part in schema["info"]["description"] for part in ("4000 characters", "256 rows", "262144 bytes", "30 s")
+    )
     kinds = schema["components"]["schemas"]
     assert server.infer("sft", kinds["Question"]["properties"]["features"]["examples"][0])[0] == 200
     assert server.infer("sft", kinds["Questions"]["properties"]["features"]["examples"][0])[0] == 200
@@ -483,8 +602,9 @@ def test_openapi_has_examples_that_work(server):
 # The page
 
 
-def test_the_page_needs_nothing_from_elsewhere(server):
-    status, text, headers = server.request("GET", "/", headers={"X-API-Key": ""})
+@pytest.mark.parametrize("path", ["/", "/docs"])
+def test_the_pages_need_nothing_from_elsewhere(server, path):
+    status, text, headers = server.request("GET", path, headers={"X-API-Key": ""})
     assert status == 200 and "default-src 'none'" in headers["Content-Security-Policy"]
     assert not re.findall(r"https?://|@import|src=|<link", text)
 
@@ -498,6 +618,7 @@ def test_the_page_in_a_browser(server, tmp_path):
     with Browser(chromium, tmp_path / "profile", f"http://127.0.0.1:{server.port}/") as page:
         page.until("document.querySelectorAll('#models section').length === 4 && document.querySelector('[name=Age]')")
         assert page.run("document.querySelectorAll('#form input[name]').length") == 6
+        assert page.run("document.title") == "Creditmix"
         page.run("document.querySelector('[name=Age]').value = '31'")
         page.run("document.querySelector('[name=Age]').dispatchEvent(new Event('input'))")
         line = page.run("document.getElementById('features').value")
@@ -524,6 +645,9 @@ def test_the_page_in_a_browser(server, tmp_path):
         page.screenshot(tmp_path / "serve_page.png")
         assert (tmp_path / "serve_page.png").stat().st_size > 10_000
         assert page.run("performance.getEntriesByType('resource').every(e => e.name.startsWith(location.origin))")
+        page.run("location.href = '/docs'")
+        page.until("document.title === 'Creditmix: API' && document.querySelectorAll('h2').length >= 8")
+        assert "4000 characters per row" in page.run("document.body.textContent")
 
 
 # Outgrowing one machine

@@ -6,7 +6,9 @@ import itertools
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from fastapi import HTTPException
 
@@ -21,6 +23,15 @@ FAILED = "the model failed; the server's log says why"
 LOADING = ServedModel("loading").report()
 
 
+@dataclass
+class Waiting:
+    """A row that was admitted: who waits for its answer, its request, its tokens without the shared prefix."""
+
+    future: asyncio.Future
+    request: int
+    tokens: int
+
+
 class EngineClient:
     """The process that owns the models (distill/serve/engine.py), and the rows that it has yet to answer.
 
@@ -29,11 +40,14 @@ class EngineClient:
 
     def __init__(self, settings: Settings, on_failure: Callable[[], None]):
         self.settings, self.on_failure = settings, on_failure
-        self.state, self.failure, self.tokenizer, self.longest = "", "", None, 0
-        self.rows: dict[int, asyncio.Future] = {}  # number -> its answer
+        self.state, self.failure, self.tokenizer = "", "", None
+        self.rows: dict[int, Waiting] = {}  # by number
+        self.tokens = Counter()  # request -> tokens of its rows that wait
         self.reloads: dict[int, asyncio.Future] = {}
         self.numbers = itertools.count()
-        self.seconds_per_row = 0.0
+        self.max_row_tokens = self.prefix = self.pass_tokens = 0  # of the process: its limits, once it has loaded
+        self.seconds_per_token = 0.0
+        self.short_row = 1  # tokens of the longest content-free input, without the prefix
         QUEUED.set_function(lambda: len(self.rows))
 
     async def start(self) -> None:
@@ -64,10 +78,10 @@ class EngineClient:
             if died:  # admit no row for a process that has gone
                 self.state = "loading"
             code = await self.process.wait()
-            for waiting in (self.rows, self.reloads):
-                for number in list(waiting):
-                    gone = HTTPException(503, "the model's process ended and is started again", {"Retry-After": "5"})
-                    settle(waiting.pop(number), gone)
+            for future in [*map(self.remove, list(self.rows)), *self.reloads.values()]:
+                gone = HTTPException(503, "the model's process ended and is started again", {"Retry-After": "5"})
+                settle(future, gone)
+            self.reloads.clear()
             if not died:
                 break
             log("model process ended", code=code)
@@ -86,18 +100,20 @@ class EngineClient:
         elif "answers" in message:
             BATCH.observe(len(message["answers"]))
             PEAK.set(message["gpu_peak"])
-            self.seconds_per_row = message["seconds_per_row"]
+            self.seconds_per_token = message["seconds_per_token"]
             for number, answer in message["answers"]:
-                settle(self.rows.pop(number), answer or HTTPException(500, FAILED))
+                settle(self.remove(number), answer or HTTPException(500, FAILED))
         elif "cancelled" in message:
             for number in message["cancelled"]:
-                del self.rows[number]
+                self.remove(number)
         elif "reloaded" in message:
             settle(self.reloads.pop(message["reloaded"]), message["error"])
         elif message["state"] == "failed":
             self.fail(message["failure"])
         else:
-            self.models, self.longest = message["models"], message["longest"]
+            self.models, self.max_row_tokens = message["models"], message["max_row_tokens"]
+            self.prefix, self.pass_tokens = message["prefix"], message["pass_tokens"]
+            self.seconds_per_token = message["seconds_per_token"]
             PEAK.set(message["gpu_peak"])
             if self.tokenizer is None:
                 await asyncio.to_thread(self.load_tokenizer)
@@ -108,7 +124,8 @@ class EngineClient:
 
     def load_tokenizer(self) -> None:
         self.tokenizer = base_config(self.settings.base)[2]
-        prompt_ids(self.tokenizer, self.settings.task.null_prompts())  # the first call compiles the chat template
+        ids = prompt_ids(self.tokenizer, self.settings.task.null_prompts())  # the first call compiles the template
+        self.short_row = max(map(len, ids)) - self.prefix
 
     def send(self, **message) -> None:
         self.process.stdin.write((json.dumps(message) + "\n").encode())
@@ -137,32 +154,54 @@ class EngineClient:
         if model["state"] != "ready":
             raise HTTPException(404 if model["state"] == "missing" else 503, f"{name}: {model['detail']}")
 
-    def full(self, rows: int = 1) -> HTTPException | None:
-        """The 503 for `rows` more, or None. They may not fit, or would pass their deadline after the waiting ones.
+    def full(self, rows: int = 1, tokens: int | None = None) -> HTTPException | None:
+        """The 503 for a request of `rows` more rows, or None. They may not fit, or would pass their deadline.
 
         Without the second check a server slower than its queue is long computes answers that nobody waits for.
+        tokens: of all its rows without the prefix; by default those of one short row.
         """
-        waiting = len(self.rows)
-        seconds = (waiting + rows) * self.seconds_per_row
-        late = waiting > 0 and seconds > 0.8 * self.settings.deadline
-        if late or waiting + rows > self.settings.max_queue:
-            retry = {"Retry-After": str(max(1, round(waiting * self.seconds_per_row)))}
-            return HTTPException(503, f"the queue is full: {waiting} rows wait, {seconds:.0f} s", retry)
+        seconds = self.seconds_until(tokens or self.short_row)
+        late = self.rows and seconds > 0.8 * self.settings.deadline
+        if late or len(self.rows) + rows > self.settings.max_queue:
+            reason = f"the queue is full: {len(self.rows)} rows wait, {seconds:.0f} s"
+            return HTTPException(503, reason, {"Retry-After": str(max(1, round(seconds)))})
         return None
 
+    def seconds_until(self, tokens: int) -> float:
+        """Expected time to the answer of a request of so many tokens.
+
+        Requests share the model by tokens, so each other one takes at most as many before it. A pass that has begun is
+        finished first.
+        """
+        ahead = sum(min(tokens, waiting) for waiting in self.tokens.values())
+        current = min(self.tokens.total(), self.pass_tokens)
+        return (max(ahead, current) + tokens) * self.seconds_per_token
+
     def admit(self, name: str, texts: list[str]) -> dict[int, asyncio.Future]:
-        """Queue the rows of one request, all or none -> {number: future}. Errors: HTTPException 404, 422, 503."""
+        """Queue the rows of one request, all or none -> {number: future}. Errors: HTTPException 404, 413, 503."""
         self.check(name)
-        if full := self.full(len(texts)):
-            raise full
         ids = prompt_ids(self.tokenizer, [self.settings.task.prompt(text) for text in texts])
-        longest = max(map(len, ids))
-        if longest > self.longest:
-            raise HTTPException(422, f"features: {longest} tokens with the prompt, expected at most {self.longest}")
-        rows = {next(self.numbers): asyncio.get_running_loop().create_future() for _ in ids}
+        for i, row in enumerate(ids, 1):
+            if len(row) > self.max_row_tokens:
+                most = f"expected at most {self.max_row_tokens} (MAX_ROW_TOKENS)"
+                raise HTTPException(413, f"features: row {i} has {len(row)} tokens with the prompt; {most}")
+        tokens = [max(1, len(row) - self.prefix) for row in ids]
+        if full := self.full(len(texts), sum(tokens)):
+            raise full
+        request, loop = next(self.numbers), asyncio.get_running_loop()
+        rows = {next(self.numbers): Waiting(loop.create_future(), request, n) for n in tokens}
         self.rows |= rows
+        self.tokens[request] = sum(tokens)
         self.send(rows=[[number, name, own] for number, own in zip(rows, ids, strict=True)])
-        return rows
+        return {number: row.future for number, row in rows.items()}
+
+    def remove(self, number: int) -> asyncio.Future:
+        """Take a row off the books -> its future."""
+        row = self.rows.pop(number)
+        self.tokens[row.request] -= row.tokens
+        if self.tokens[row.request] <= 0:
+            del self.tokens[row.request]
+        return row.future
 
     def cancel(self, rows: Iterable[int]) -> None:
         """Take back rows that nobody waits for any more. One in a forward pass counts until that has ended."""

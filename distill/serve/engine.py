@@ -3,7 +3,8 @@
 serve_creditmix.py starts it and speaks HTTP in a process of its own, because launching GPU kernels and answering HTTP
 compete for Python's interpreter lock. The two exchange JSON lines, on this process's standard input
 
-    {"rows": [[number, model, token ids], ...]}   {"cancel": [number, ...]}   {"reload": model, "number": n}
+    {"rows": [[number, model, token ids], ...]}, those of one request
+    {"cancel": [number, ...]}   {"reload": model, "number": n}
 
 and on its standard output
 
@@ -11,6 +12,10 @@ and on its standard output
     {"cancelled": [number, ...]}   {"reloaded": number, "error": null or text}
 
 At the end of its input it answers what it has accepted, then ends.
+
+Requests share the model by tokens, as in self-clocked fair queueing (Golestani 1994): a row's turn is the turn now
+served plus the tokens of its request up to its own end, and the smallest turn comes first. A single row therefore
+overtakes the rest of a long list, and no request starves.
 """
 
 import contextlib
@@ -34,12 +39,14 @@ WAIT = 0.003  # seconds that a lone row waits for others to share its pass
 
 @dataclass(eq=False)
 class Row:
-    """One prompt that waits for its answer."""
+    """One prompt that waits for its answer. tokens: to be computed, without the shared prefix. turn: in the queue."""
 
     number: int
     model: str
     ids: list[int]
     arrived: float
+    tokens: int = 0
+    turn: int = 0
 
 
 class Engine:
@@ -48,10 +55,11 @@ class Engine:
     def __init__(self, settings: Settings, send: Callable[[dict], None]):
         self.send = send
         self.models = LabelModels(settings, self.log)
-        self.queue = queue.Queue()  # of rows and commands, None at the end; the server bounds it
-        self.seconds_per_row = 0.0  # a running mean
+        self.queue = queue.Queue()  # of lists of rows and commands, None at the end; the server bounds it
+        self.seconds, self.tokens = 0.0, 0.0  # of recent passes, decaying; their quotient is the pace
         self.busy_since = None  # end of the last pass, where rows were waiting then
-        self._waiting: list[Row] = []  # taken from the queue, oldest first
+        self.turn = 0  # of the row that led the last pass
+        self._waiting: list[Row] = []  # taken from the queue, in the order of their turns
         self._reload: dict | None = None  # runs before the next pass
         self._ended = False
 
@@ -70,16 +78,16 @@ class Engine:
                 self.models.load_adapter(name)
             except UserError as e:
                 self.log("adapter not served", model=name, state=self.models.served[name].state, detail=str(e))
-        self.models.warm()
+        self._measure(*self.models.warm())
 
     def receive(self, lines: Iterable[str]) -> None:
         """Queue the messages of the server, one JSON line each, until the end of its input."""
         try:
             for line in lines:
                 message = json.loads(line)
-                for number, model, ids in message.pop("rows", ()):
-                    self.queue.put(Row(number, model, ids, time.monotonic()))
-                if message:
+                if "rows" in message:
+                    self.queue.put([Row(*row, arrived=time.monotonic()) for row in message["rows"]])
+                else:
                     self.queue.put(message)
         finally:  # also where the server died in the middle of a line
             self.queue.put(None)
@@ -101,9 +109,12 @@ class Engine:
                 self.busy_since = None
 
     def send_state(self, state: str, failure: str = "") -> None:
-        models = {name: one.report() for name, one in self.models.served.items()}
-        message = {"state": state, "failure": failure, "models": models, "longest": self.models.longest}
-        self.send(message | {"gpu_peak": gpu_peak()})
+        message = {"state": state, "failure": failure, "gpu_peak": gpu_peak()}
+        message["models"] = {name: one.report() for name, one in self.models.served.items()}
+        if state != "failed":
+            message |= {"max_row_tokens": self.models.max_row_tokens, "prefix": self.models.prefix}
+            message |= {"pass_tokens": self.max_tokens, "seconds_per_token": self.seconds_per_token}
+        self.send(message)
 
     def _collect(self) -> list[Row]:
         """Rows of the next forward pass. A reload that arrived runs after it, before the rows that are left."""
@@ -121,14 +132,21 @@ class Engine:
                 self._take(self.queue.get(timeout=timeout))
             except queue.Empty:
                 break
+        if batch:
+            self.turn = batch[0].turn
         chosen = set(batch)
         self._waiting = [row for row in self._waiting if row not in chosen]
         return batch
 
-    def _take(self, item: Row | dict | None) -> None:
-        """Take one item of the queue."""
-        if isinstance(item, Row):
-            self._waiting.append(item)
+    def _take(self, item: list[Row] | dict | None) -> None:
+        """Take one item of the queue: the rows of a request, a command, or the end."""
+        if isinstance(item, list):
+            turn = self.turn
+            for row in item:
+                row.tokens = max(1, len(row.ids) - self.models.prefix)
+                turn += row.tokens
+                row.turn = turn
+            self._waiting = sorted(self._waiting + item, key=lambda row: row.turn)
         elif item is None:
             self._ended = True
         elif "cancel" in item:  # rows already in a pass are answered all the same
@@ -139,10 +157,10 @@ class Engine:
             self._reload = item
 
     def _choose(self) -> list[Row]:
-        """The oldest row and, while they fit, those nearest to it in length, since padding is computed too."""
+        """The first row and, while they fit, those nearest to it in length, since padding is computed too."""
         batch, longest = [], 0
-        oldest = self._waiting[: self.window]  # later rows do not overtake these
-        for row in sorted(oldest, key=lambda row: abs(len(row.ids) - len(oldest[0].ids))):
+        first = self._waiting[: self.window]  # later rows do not overtake these
+        for row in sorted(first, key=lambda row: abs(len(row.ids) - len(first[0].ids))):
             width = max(longest, len(row.ids))
             if len(batch) < MAX_ROWS and (not batch or (len(batch) + 1) * width <= self.budget):
                 batch.append(row)
@@ -169,11 +187,19 @@ class Engine:
             self._answer(batch[:half])
             return self._answer(batch[half:])
         now = time.monotonic()
-        seconds = now - (self.busy_since or started)  # under load the time between passes counts too
-        self.seconds_per_row += 0.2 * (seconds / len(batch) - self.seconds_per_row)
+        # under load the time between passes counts too
+        self._measure(now - (self.busy_since or started), sum(row.tokens for row in batch))
         self.busy_since = now if self.queue.qsize() or self._waiting else None
         sent = [[row.number, answer] for row, answer in zip(batch, found, strict=True)]
-        self.send({"answers": sent, "seconds_per_row": self.seconds_per_row, "gpu_peak": gpu_peak()})
+        self.send({"answers": sent, "seconds_per_token": self.seconds_per_token, "gpu_peak": gpu_peak()})
+
+    @property
+    def seconds_per_token(self) -> float:
+        return self.seconds / max(1.0, self.tokens)
+
+    def _measure(self, seconds: float, tokens: int) -> None:
+        """Count a pass. Large passes weigh more: a lone row on a GPU says little about the pace under load."""
+        self.seconds, self.tokens = 0.8 * self.seconds + seconds, 0.8 * self.tokens + tokens
 
 
 def gpu_peak() -> int:

@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import ipaddress
 import json
 import logging
 import re
@@ -9,13 +10,16 @@ import time
 import uuid
 from datetime import UTC, datetime
 
+import psutil
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
 from prometheus_client import Counter, Gauge, Histogram, Summary
 
 from distill.serve.settings import MODELS
 
-MAX_BODY = 256 * 1024
+MAX_BODY = 256 * 1024  # bytes
+MAX_FEATURES = 4000  # characters of one row
+MAX_LIST = 256  # rows of one list request
 BODY_SECONDS = 5  # a client's time to send its body
 REJECTIONS = {
     400: "malformed",
@@ -49,6 +53,22 @@ def open_log() -> None:
     stream = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), encoding="utf-8", write_through=True)
     LOG.handlers, LOG.propagate = [logging.StreamHandler(stream)], False
     LOG.setLevel(logging.INFO)
+
+
+def listening_addresses() -> set[str]:
+    """The IP addresses at which this process accepts TCP connections."""
+    return {s.laddr.ip for s in psutil.Process().net_connections("tcp") if s.status == psutil.CONN_LISTEN}
+
+
+async def warn_if_exposed() -> None:
+    """Log a warning where the server accepts connections from other machines.
+
+    The app does not know its address: uvicorn binds it, after the app has started.
+    """
+    while not (addresses := listening_addresses()):
+        await asyncio.sleep(0.5)
+    if found := sorted(a for a in addresses if not ipaddress.ip_address(a).is_loopback):
+        log("warning", detail=f"listening on {', '.join(found)} without API_KEY: anyone who reaches it may ask")
 
 
 class RequestLimits:

@@ -1,6 +1,7 @@
 """The models of a server: one base model in memory, and three adapters on it that can be replaced while it serves."""
 
 import itertools
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,16 +9,20 @@ from pathlib import Path
 import numpy as np
 
 from common import Calibration, LabelScorer, Task, add_adapter, answers, load_model, prompt_ids
-from distill.files import ROOT, UserError, one_line
-from distill.hardware import cap_memory
-from distill.model.hub import adapter_base, check_plain
+from distill.files import ROOT, UserError, one_line, read_json
+from distill.model.hub import adapter_base, base_mismatches, check_plain
 from distill.model.label_forward import MAX_ROWS
 from distill.serve.settings import MODELS, Settings
+
+ROW_TOKENS = 1024  # most tokens of a row where no adapter's run.json says how long its training rows were
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """One of the four models. state: loading, ready, missing or broken; detail says what to do about the last two."""
+    """One of the four models. state: loading, ready, missing or broken.
+
+    detail: what to do about the last two, and how the base of a ready one differs from that of its training.
+    """
 
     state: str
     detail: str = ""
@@ -25,6 +30,7 @@ class ServedModel:
     task: Task | None = None
     calibration: Calibration | None = None
     prior: np.ndarray | None = None
+    training_tokens: int | None = None  # 99th percentile of its training rows
 
     def report(self) -> dict:
         """What /readyz says of it."""
@@ -41,18 +47,31 @@ class LabelModels:
     def __init__(self, settings: Settings, log: Callable[..., None]):
         self.settings, self.log = settings, log
         self.served = dict.fromkeys(MODELS, ServedModel("loading"))
-        self.longest = 0  # tokens of the longest prompt that fits the context
+        self.context = 0  # tokens of the longest prompt that fits the context
         self._generation = itertools.count(1)
 
     def load_base(self) -> None:
         """The base model and its prior. Error: whatever keeps it from loading."""
-        cap_memory(self.settings.max_vram_gb)
-        self.model, self.tokenizer = load_model(self.settings.base)
+        self.model, self.tokenizer = load_model(
+            self.settings.base, self.settings.precision, max_vram_gb=self.settings.max_vram_gb
+        )
         self._renew_scorer()
-        self.longest = self.model.config.max_position_embeddings - len(self.scorer.trie.nodes)
+        context = getattr(self.model.config, "max_position_embeddings", 2**31)  # a state-space model has no limit
+        self.context = context - len(self.scorer.trie.nodes)
         task = self.settings.task
         calibration = Calibration.load(self.settings.base, task)
         self.served["base"] = ServedModel("ready", "", "__base__", task, calibration, self._prior(task, "__base__"))
+
+    @property
+    def max_row_tokens(self) -> int:
+        """Most tokens of one row with its prompt: what training rows suggest, unless MAX_ROW_TOKENS says otherwise."""
+        known = [one.training_tokens for one in self.served.values() if one.training_tokens]
+        return int(min(self.context, self.settings.max_row_tokens or (4 * max(known) if known else ROW_TOKENS)))
+
+    @property
+    def prefix(self) -> int:
+        """Tokens with which every prompt begins. They are computed once, not per row."""
+        return len(self.scorer.forward.prefix)
 
     def load_adapter(self, name: str) -> None:
         """Serve the adapter in this model's folder; the one served before stays until the new one can answer.
@@ -83,11 +102,12 @@ class LabelModels:
                 found[i] = answer
         return found
 
-    def warm(self) -> None:
+    def warm(self) -> tuple[float, int]:
         """Compute every model's prefix cache; on a GPU also batches of all sizes, which load kernels of their own.
 
-        The first request then costs what the hundredth does.
+        The first request then costs what the hundredth does. -> (seconds, tokens) of the last pass.
         """
+        measured = 0.0, 0
         names = [one.adapter for one in self.served.values() if one.state == "ready"]
         sizes, lengths = [2**i for i in range(MAX_ROWS.bit_length())], (1, 2)
         if self.model.device.type == "cpu":
@@ -95,19 +115,22 @@ class LabelModels:
         for n, times in itertools.product(sizes, lengths):  # rows with values are once to twice as long
             texts = [", ".join([text] * times) for text in self.settings.task.null_inputs]
             ids = prompt_ids(self.tokenizer, [self.settings.task.prompt(text) for text in texts])
-            ids = [own[: self.longest] for own in ids]
+            rows = [ids[i % len(ids)][: self.context] for i in range(n)]
+            started = time.monotonic()
             try:
-                self._score([ids[i % len(ids)] for i in range(n)], [names[i % len(names)] for i in range(n)])
+                self._score(rows, [names[i % len(names)] for i in range(n)])
+                measured = time.monotonic() - started, sum(len(row) - self.prefix for row in rows)
             except Exception as e:  # out of memory, for one; smaller batches are served all the same
                 self.log("not warmed up", rows=n, detail=one_line(e))
                 break
+        return measured
 
     def _add(self, name: str, folder: Path, adapter: str) -> ServedModel:
         """Check the folder, load it as `adapter` and compute its prior."""
         base, task, shown = self.settings.base, self.settings.task, relative(folder)
         if not (folder / "adapter_config.json").is_file():
             raise UserError(
-                f"{shown}: no adapter; train it: python {name}_train.py --student {base} "
+                f"not trained, since {shown} has no adapter; train it: python {name}_train.py --student {base} "
                 f"--data data/{task.name}_{name}.jsonl --save_dir {shown}"
             )
         if Path(adapter_base(folder)).resolve() != Path(base).resolve():
@@ -125,7 +148,10 @@ class LabelModels:
         prior = self._prior(task, adapter)
         if not np.isfinite(prior).all():
             raise UserError(f"{shown}: its scores are not numbers")
-        return ServedModel("ready", "", adapter, task, calibration, prior)
+        detail = "; ".join(base_mismatches(folder, self.model.precision, self.model.base_record))
+        if detail:
+            self.log("another base than in training", model=name, detail=detail)
+        return ServedModel("ready", detail, adapter, task, calibration, prior, training_tokens(folder))
 
     def _remove(self, adapter: str) -> None:
         """Take an adapter out of the model, also one whose load failed half-way and that PEFT has kept."""
@@ -158,6 +184,13 @@ class LabelModels:
     def _prior(self, task: Task, adapter: str) -> np.ndarray:
         ids = prompt_ids(self.tokenizer, task.null_prompts())
         return self._score(ids, [adapter] * len(ids)).mean(0)
+
+
+def training_tokens(folder: Path) -> int | None:
+    """99th percentile of the tokens per training row, from an adapter's run.json; the longest row in an older one."""
+    path = folder / "run.json"
+    tokens = read_json(path).get("tokens") if path.is_file() else None
+    return (tokens.get("p99") or tokens.get("longest")) if isinstance(tokens, dict) else None
 
 
 def relative(path: Path) -> Path:
