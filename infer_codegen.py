@@ -4,7 +4,7 @@
     python infer_codegen.py --model_dir runs/codegen_sft --prompt "Write top(words, k): the k most frequent words." \
         --tests test_top.py --n 5 --plan_then_code
     python infer_codegen.py --model_dir smollm2-135m --prompt "Write add(a, b)." --max_new_tokens 40       # CPU
-    python infer_codegen.py --model_dir runs/codegen_sft --input requests.jsonl --output code.jsonl --n 10  # batches
+    python infer_codegen.py --model_dir runs/codegen_sft --data requests.jsonl --out code.jsonl --n 10  # batches
 
 Only code goes to standard output, the rest (plan, sandbox, verdicts) to standard error; --json shows whole replies.
 Exit code 1: no reply holds code, or --tests were given and no sample passes them.
@@ -18,102 +18,102 @@ from pathlib import Path
 
 from common import load_model
 from distill.files import UserError, cli, read_text, write_jsonl
-from distill.tasks.codegen_reply import Screen, only_code, streamer
-from distill.tasks.codegen_samples import add_sampling_arguments, check_sampling, sample, sample_to_file
+from distill.tasks.codegen_reply import Screen, TokenStream, only_code
+from distill.tasks.codegen_samples import Sampling, add_sampling_arguments, sample, sample_to_file
 from distill.tasks.codegen_sandbox import describe_isolation, run_many
 from distill.tasks.codegen_tasks import parse_tests, program, read_tasks
 
 
 def main(args):
     check_arguments(args)
+    sampling = Sampling.of(args, args.plan_then_code)
     tests = parse_tests(read_text(args.tests), args.tests) if args.tests else None
-    tasks = read_tasks(args.input) if args.input else [{"prompt": args.prompt}]
+    tasks = read_tasks(args.data) if args.data else []
     for task in tasks:
         if task.get("tests"):
-            parse_tests(task["tests"], f"{args.input}: task {task['task_id']}")
+            parse_tests(task["tests"], f"{args.data}: task {task['task_id']}")
     if tests is not None or any(t.get("tests") for t in tasks):
         print(describe_isolation(), file=sys.stderr)
-    model, tokenizer = load_model(args.model_dir)
-    if args.input:
-        return write_batch(model, tokenizer, tasks, args)
-    return answer(model, tokenizer, args, tests)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tasks and prompts: prepare, infer and eval build them here
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Generation
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What the user gets
+    model, tokenizer = load_model(args.model_dir, args.precision)
+    if args.data:
+        write_batch(model, tokenizer, args.model_dir, tasks, sampling, args.out)
+    else:
+        answer(model, tokenizer, args.prompt, sampling, tests, args.json)
 
 
 def check_arguments(args):
-    """Errors: UserError for what cannot be meant, before a model is loaded."""
-    if (args.prompt is None) == (args.input is None) or (args.input is None) != (args.output is None):
-        raise UserError("expected --prompt TEXT, or --input FILE with --output FILE")
+    """Errors: UserError for arguments that contradict each other, before a model is loaded."""
+    if (args.prompt is None) == (args.data is None) or (args.data is None) != (args.out is None):
+        raise UserError("expected --prompt TEXT, or --data FILE with --out FILE")
     if args.prompt is not None and not args.prompt.strip():
         raise UserError("--prompt is empty; expected a request")
-    if args.input and args.tests:
-        raise UserError("--tests belongs to --prompt; expected a field 'tests' in the rows of --input")
-    check_sampling(args)
+    if args.data and args.tests:
+        raise UserError("--tests belongs to --prompt; expected a field 'tests' in the rows of --data")
 
 
-def answer(model, tokenizer, args, tests):
-    """Samples for one prompt: all of them, or with tests the first that passes; exit code 1 when none does."""
-    import torch
+# ---------------------------------------------------------------------------------------------------------------------
+# One prompt
 
-    torch.manual_seed(args.seed)
-    stream = sys.stdout.isatty() and args.n == 1 and tests is None and not args.json
+
+def answer(model, tokenizer, prompt: str, sampling: Sampling, tests: str | None, as_json: bool) -> None:
+    """Print all samples for one prompt, or with tests the first that passes; exit code 1 when none does."""
+    stream = sys.stdout.isatty() and sampling.n == 1 and tests is None and not as_json
     screen = Screen()
-    streamers = (streamer(tokenizer, screen.plan), streamer(tokenizer, screen.reply)) if stream else (None, None)
+    streams = {}
+    if stream:
+        streams = {
+            "plan_stream": TokenStream(tokenizer, screen.plan),
+            "reply_stream": TokenStream(tokenizer, screen.reply),
+        }
     kinds, empty = Counter(), 0
-    for start in range(0, args.n, args.batch_size):
-        rows = sample(model, tokenizer, [args.prompt] * min(args.batch_size, args.n - start), args, streamers)
+    for start in range(0, sampling.n, sampling.batch_size):
+        numbers = list(range(start, min(start + sampling.batch_size, sampling.n)))
+        rows = sample(model, tokenizer, [prompt] * len(numbers), numbers, sampling, **streams)
         verdicts = run_many([(row["code"], tests) for row in rows]) if tests is not None else [None] * len(rows)
-        for k, (row, verdict) in enumerate(zip(rows, verdicts, strict=True), start + 1):
+        for k, row, verdict in zip(numbers, rows, verdicts, strict=True):
+            title = f"# sample {k + 1} of {sampling.n}\n" * (sampling.n > 1 and tests is None)
             if verdict:
                 kinds[verdict["kind"]] += 1
-                print(f"sample {k}: {verdict['kind']} {verdict['detail']}".strip(), file=sys.stderr)
+                print(f"sample {k + 1}: {verdict['kind']} {verdict['detail']}".strip(), file=sys.stderr)
                 if verdict["kind"] == "passed":
-                    return show(row, verdict, args, k)
+                    return show(row, prompt, title, verdict, as_json)
                 continue
             row["code"] = only_code(row["reply"])
             empty += not row["code"].strip()
             if not stream:
-                show(row, verdict, args, k)
+                show(row, prompt, title, verdict, as_json)
             elif not screen.shown and row["code"]:
                 print(row["code"])
     if tests is not None:
         print(f"no sample passes the tests: {dict(kinds)}", file=sys.stderr)
         sys.exit(1)
     if empty:
-        told = "; expected a larger --max_new_tokens or another --seed (--json shows the reply)"
-        print(f"no code in {empty} of {args.n} replies{told}", file=sys.stderr)
-    if empty == args.n:
+        advice = "; expected a larger --max_new_tokens or another --seed (--json shows the reply)"
+        print(f"no code in {empty} of {sampling.n} replies{advice}", file=sys.stderr)
+    if empty == sampling.n:
         sys.exit(1)
 
 
-def show(row, verdict, args, k):
-    """One sample: code (or JSON) to standard output, the plan beside it to standard error."""
-    if args.json:
+def show(row: dict, prompt: str, title: str, verdict: dict | None, as_json: bool) -> None:
+    """Print one sample: code (or JSON) to standard output, the plan to standard error."""
+    if as_json:
         fields = {name: row[name] for name in ("plan", "code", "reply", "tokens", "seconds")}
-        print(json.dumps({"prompt": args.prompt, **fields, **({"verdict": verdict} if verdict else {})}))
+        print(json.dumps({"prompt": prompt, **fields, **({"verdict": verdict} if verdict else {})}))
         return
     if row["plan"]:
         print(f"plan:\n{row['plan']}\n", file=sys.stderr)
     if row["code"]:
-        print(f"# sample {k} of {args.n}\n" * (args.n > 1 and verdict is None) + row["code"], flush=True)
+        print(title + row["code"], flush=True)
 
 
-def write_batch(model, tokenizer, tasks, args):
-    """Samples for the rows of --input, checked where a row has tests, to --output (JSONL, by rename)."""
-    part = args.output.with_name(args.output.name + ".part")
-    prompts = [t["prompt"] for t in tasks]
-    rows = sample_to_file(model, tokenizer, args.model_dir, prompts, part, args, "samples")
+# ---------------------------------------------------------------------------------------------------------------------
+# Many prompts
+
+
+def write_batch(model, tokenizer, name: str, tasks: list[dict], sampling: Sampling, out: Path) -> None:
+    """Write samples for all tasks, checked in the sandbox where a task has tests, to `out` (JSONL, by rename)."""
+    part = out.with_name(out.name + ".part")
+    rows = sample_to_file(model, tokenizer, name, [t["prompt"] for t in tasks], part, sampling, "samples")
     checked = [row for row in rows if "code" in row and tasks[row["index"]].get("tests")]
     verdicts = run_many([(program(tasks[r["index"]], r["code"]), tasks[r["index"]]["tests"]) for r in checked])
     for row, verdict in zip(checked, verdicts, strict=True):
@@ -122,10 +122,10 @@ def write_batch(model, tokenizer, tasks, args):
         task = tasks[row.pop("index")]
         row |= {"task_id": task["task_id"], "prompt": task["prompt"]}
         row.pop("reply", None)
-    write_jsonl(args.output, rows)
+    write_jsonl(out, rows)
     part.unlink()
     errors = sum("error" in row for row in rows)
-    print(f"{len(rows)} samples for {len(tasks)} prompts in {args.output}; over the context: {errors}", file=sys.stderr)
+    print(f"{len(rows)} samples for {len(tasks)} prompts in {out}; over the context: {errors}", file=sys.stderr)
     if checked:
         print(f"verdicts: {dict(Counter(row['verdict']['kind'] for row in checked))}", file=sys.stderr)
 
@@ -140,8 +140,9 @@ if __name__ == "__main__":
     p.add_argument(
         "--tests", type=Path, help="file of asserts; prints the first sample that passes them in the sandbox"
     )
-    p.add_argument("--json", action="store_true", help="print plan, code, reply, tokens and seconds, a line a sample")
-    p.add_argument("--input", type=Path, help="JSONL of prompts (and tests), instead of --prompt")
-    p.add_argument("--output", type=Path, help="JSONL of samples for --input; a stopped run goes on where it was")
+    p.add_argument("--json", action="store_true", help="one line per sample: plan, code, reply, tokens, seconds")
+    p.add_argument("--data", "--input", type=Path, help="JSONL of prompts (and tests), instead of --prompt")
+    p.add_argument("--out", "--output", type=Path, help="JSONL of samples for --data; a stopped run continues it")
+    p.add_argument("--precision", choices=["auto", "nf4", "bf16", "fp32"], default="auto", help="of the base model")
     add_sampling_arguments(p)
     cli(main, p)

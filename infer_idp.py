@@ -1,14 +1,14 @@
 """IDP: documents to JSON that validates against a schema, every time.
 
     python infer_idp.py --model_dir runs/idp_sft --schema data/idp_schema.json --document "INVOICE 17 ..."
-    python infer_idp.py --model_dir runs/idp_sft --schema data/idp_schema.json --input docs.jsonl --output out.jsonl
+    python infer_idp.py --model_dir runs/idp_sft --schema data/idp_schema.json --data docs.jsonl --out out.jsonl
 
 On a CPU, with the embedded student untrained:
 
     python infer_idp.py --model_dir smollm2-135m --schema data/sroie_schema.json --document "ACME LTD  TOTAL 5.00"
 
 A result is printed only after Draft202012Validator, formats included, has passed it. A document longer than the model's
-context is read in overlapping pieces; `merge` and `shorten_lists` state how their results become one.
+context is read in overlapping pieces; distill/tasks/idp_documents.py says how their results become one.
 """
 
 import argparse
@@ -25,64 +25,7 @@ from distill.tasks.idp_decode import Constraint, Vocabulary
 from distill.tasks.idp_documents import check_document, extract
 from distill.tasks.idp_schema import check_schema, compact
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Long documents
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
-
-
-def read_documents(args):
-    """The documents of --document (a text, or - for standard input) or --input (.jsonl, else a text file)."""
-    if args.document == "-":
-        try:
-            return [check_document(sys.stdin.buffer.read().decode("utf-8-sig"), "standard input")]
-        except UnicodeDecodeError as e:
-            raise UserError(f"standard input: expected UTF-8 text, byte {e.start} is none") from None
-    if args.document is not None:
-        return [check_document(args.document, "--document")]
-    if args.input.suffix.lower() != ".jsonl":
-        return [check_document(read_text(args.input), args.input)]
-    if args.output is None:
-        raise UserError("--output is missing; expected a .jsonl file for the results of --input")
-    if args.output.is_dir() or args.output.resolve() == args.input.resolve():
-        raise UserError(f"--output {args.output}: expected a file of its own")
-    rows = read_rows(args.input, {"document": str})
-    return [check_document(r["document"], f"{args.input}: row {i}") for i, r in enumerate(rows, 1)]
-
-
-def result_keys(args, schema, documents):
-    """By which a stopped run knows its results again: model (an adapter's weights too), schema, budget, document."""
-    about = [args.model_dir, adapter_sha256(args.model_dir), schema, args.max_new_tokens]
-    return [row_hash(compact([*about, d])) for d in documents]
-
-
-def write_results(model, tokenizer, documents, schema, constraint, args):
-    """Results one line a document; a run that was stopped goes on behind what it finished, in <output>.part.
-
-    Error: UserError behind the last document where one or more have an "error" in place of an "output": that is final,
-    a run that goes on does not try them again.
-    """
-    part = ResumableJsonl(args.output.with_name(args.output.name + ".part"))
-    keys = result_keys(args, schema, documents)
-    done = part.rows
-    if [r.get("key") for r in done] != keys[: len(done)]:
-        part.truncate(0)  # of another model, schema or input
-    for at in tqdm(range(len(done), len(documents), args.batch_size), desc="documents", unit="batch"):
-        batch = documents[at : at + args.batch_size]
-        values = extract(model, tokenizer, batch, schema, constraint, args.max_new_tokens, args.batch_size, at + 1)
-        found = [{"error": str(v)} if isinstance(v, UserError) else {"output": v} for v in values]
-        part.append(*({"line": i + 1, "key": keys[i], **row} for i, row in enumerate(found, at)))
-    write_jsonl(args.output, [{k: v for k, v in r.items() if k != "key"} for r in done])
-    part.path.unlink(missing_ok=True)
-    failed = [r for r in done if "error" in r]
-    if failed:
-        raise UserError(
-            f"{args.output}: {len(failed)} of {len(done)} documents have an error in place of a result, the first in "
-            f"line {failed[0]['line']}: {failed[0]['error']}"
-        )
-    print(f"{args.output}: {len(done)} results, all valid")
+BATCHES = 4  # between two writes of the results: what a stopped run may lose
 
 
 def main(args):
@@ -91,17 +34,82 @@ def main(args):
         grammar = check_schema(schema, args.lenient)
     except RecursionError:
         raise UserError(f"{args.schema}: nested too deep to be read") from None
-    documents = read_documents(args)
-    model, tokenizer = load_model(args.model_dir)
-    vocab = Vocabulary.of(tokenizer, model.config.vocab_size)
+    documents = read_documents(args.document, args.data, args.out)
+    model, tokenizer = load_model(args.model_dir, args.precision)
+    vocab = Vocabulary.of(tokenizer, model.config.get_text_config().vocab_size)
     constraint = Constraint.of(grammar, vocab, args.max_new_tokens)
-    if args.output:
-        write_results(model, tokenizer, documents, schema, constraint, args)
+    if args.out:
+        keys = result_keys(args.model_dir, schema, args.max_new_tokens, documents)
+        write_results(
+            model, tokenizer, documents, keys, schema, constraint, args.max_new_tokens, args.batch_size, args.out
+        )
     else:
         (value,) = extract(model, tokenizer, documents, schema, constraint, args.max_new_tokens, args.batch_size)
         if isinstance(value, UserError):
             raise value
         print(json.dumps(value, ensure_ascii=False, indent=1))
+
+
+def read_documents(document: str | None, data: Path | None, out: Path | None) -> list[str]:
+    """The documents of --document (a text, or - for standard input) or --data (.jsonl, else a text file)."""
+    if document == "-":
+        try:
+            return [check_document(sys.stdin.buffer.read().decode("utf-8-sig"), "standard input")]
+        except UnicodeDecodeError as e:
+            raise UserError(f"standard input: expected UTF-8 text, byte {e.start} is none") from None
+    if document is not None:
+        return [check_document(document, "--document")]
+    if data.suffix.lower() != ".jsonl":
+        return [check_document(read_text(data), data)]
+    if out is None:
+        raise UserError("--out is missing; expected a .jsonl file for the results of --data")
+    if out.is_dir() or out.resolve() == data.resolve():
+        raise UserError(f"--out {out}: expected a file of its own")
+    rows = read_rows(data, {"document": str})
+    return [check_document(r["document"], f"{data}: row {i}") for i, r in enumerate(rows, 1)]
+
+
+def result_keys(model_dir: str, schema, max_new_tokens: int, documents: list[str]) -> list[str]:
+    """What identifies each result: model (with an adapter's weights), schema, budget and document."""
+    about = [model_dir, adapter_sha256(model_dir), schema, max_new_tokens]
+    return [row_hash(compact([*about, d])) for d in documents]
+
+
+def write_results(
+    model,
+    tokenizer,
+    documents: list[str],
+    keys: list[str],
+    schema,
+    constraint: Constraint,
+    max_new_tokens: int,
+    batch_size: int,
+    out: Path,
+) -> None:
+    """Write one result per line to `out`; a stopped run continues after what it finished, in <out>.part.
+
+    Error: UserError after the last document where one or more have an "error" in place of an "output". That is final: a
+    continued run does not try them again.
+    """
+    part = ResumableJsonl(out.with_name(out.name + ".part"))
+    done = part.rows
+    if [r.get("key") for r in done] != keys[: len(done)]:
+        part.truncate(0)  # of another model, schema or input
+    step = batch_size * BATCHES
+    for at in tqdm(range(len(done), len(documents), step), desc="documents", unit=f"{step}"):
+        batch = documents[at : at + step]
+        values = extract(model, tokenizer, batch, schema, constraint, max_new_tokens, batch_size, at + 1)
+        found = [{"error": str(v)} if isinstance(v, UserError) else {"output": v} for v in values]
+        part.append(*({"line": i + 1, "key": keys[i], **row} for i, row in enumerate(found, at)))
+    write_jsonl(out, [{k: v for k, v in r.items() if k != "key"} for r in done])
+    part.path.unlink(missing_ok=True)
+    failed = [r for r in done if "error" in r]
+    if failed:
+        raise UserError(
+            f"{out}: {len(failed)} of {len(done)} documents have an error in place of a result, the first in "
+            f"line {failed[0]['line']}: {failed[0]['error']}"
+        )
+    print(f"{out}: {len(done)} results, all valid")
 
 
 if __name__ == "__main__":
@@ -110,11 +118,12 @@ if __name__ == "__main__":
     p.add_argument("--schema", required=True, type=Path, help="JSON Schema (draft 2020-12) of the result")
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--document", help="the document's text, or - for standard input")
-    source.add_argument("--input", type=Path, help='a text file, or .jsonl with rows {"document"} and --output')
-    p.add_argument("--output", type=Path, help="results of a .jsonl input; a stopped run goes on (default: print)")
+    source.add_argument("--data", "--input", type=Path, help='a text file, or .jsonl with rows {"document"} and --out')
+    p.add_argument("--out", "--output", type=Path, help="results of a .jsonl; a stopped run continues (default: print)")
     p.add_argument("--max_new_tokens", type=int, default=512, help="tokens of one answer; it always ends (default 512)")
     p.add_argument(
         "--batch_size", type=positive(int), default=8, help="documents at once (default 8): memory against time"
     )
-    p.add_argument("--lenient", action="store_true", help="take keywords that cannot be enforced: validate and retry")
+    p.add_argument("--precision", choices=["auto", "nf4", "bf16", "fp32"], default="auto", help="of the base model")
+    p.add_argument("--lenient", action="store_true", help="accept keywords that cannot be enforced: validate and retry")
     cli(main, p)

@@ -29,8 +29,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import load_model, prompt_ids
 from distill.files import ROOT, UserError, cli
+from distill.model.generate import generate
 from distill.model.hub import EMBEDDED, embedded_student
-from distill.tasks.idp_decode import Constraint, SchemaLogitsProcessor, Vocabulary
+from distill.model.sampling import mask_forbidden, ranked_tokens
+from distill.tasks.idp_decode import Constraint, DocumentDecoder, Vocabulary
 from distill.tasks.idp_schema import check_schema, parse_valid, validator
 
 BUDGETS = {"min": 0, "min+1": 1, "min+3": 3, "min+16": 16, "min+64": 64, "min+256": 256}
@@ -46,16 +48,17 @@ def read_schemas(path):
 
 def random_documents(constraint, rows, budget, rng, bias):
     """Texts that random logits (rows, vocabulary) write; half of the rows prefer the tokens that make structure."""
-    processor = SchemaLogitsProcessor(constraint, rows, budget)
+    decoders = [DocumentDecoder(constraint, budget) for _ in range(rows)]
     n_vocab = constraint.vocab.table.vocab_size
-    ids = torch.zeros(rows, 1, dtype=torch.long)
     for _ in range(budget):
         scores = torch.from_numpy(rng.standard_normal((rows, n_vocab), dtype=np.float32))
         scores[::2] += bias
-        processor(ids, scores)
-        if all(row.done for row in processor.rows):
+        ranked = ranked_tokens(mask_forbidden(scores, decoders), 0.0, None)
+        for decoder, best in zip(decoders, ranked, strict=True):
+            decoder.choose(best)
+        if all(decoder.done for decoder in decoders):
             break
-    return [row.text for row in processor.rows]
+    return [decoder.text for decoder in decoders]
 
 
 def is_valid(judge, text):
@@ -106,6 +109,24 @@ def model_budgets(least):
     return [least, least + 1, least + 4, least + 16, min(max(2 * least, 48), LONGEST)]
 
 
+class TimedDecoder(DocumentDecoder):
+    """Counts the seconds that mask and completion take."""
+
+    spent = 0.0
+
+    def allowed(self):
+        start = time.perf_counter()
+        mask = super().allowed()
+        TimedDecoder.spent += time.perf_counter() - start
+        return mask
+
+    def choose(self, ranked):
+        start = time.perf_counter()
+        token = super().choose(ranked)
+        TimedDecoder.spent += time.perf_counter() - start
+        return token
+
+
 def bench_generate(accepted, model, tokenizer, seed):
     """The model over schemas: validity, and the share of the time that mask and completion take; invalid outputs.
 
@@ -120,47 +141,30 @@ def bench_generate(accepted, model, tokenizer, seed):
             too_long.append(i)
             continue
         budgets = model_budgets(least)
-        n = len(budgets)
-        processors = [SchemaLogitsProcessor(constraint, n, max(budgets), temperature) for temperature in (0.0, 1.0)]
-        for processor in processors:
-            for row, budget in zip(processor.rows, budgets, strict=True):
-                row.left = budget
-        spent = []
-
-        def timed(input_ids, scores, processors=processors, spent=spent, n=n):
-            start = time.perf_counter()
-            greedy, sampled = processors
-            scores = torch.cat([greedy(input_ids[:n], scores[:n]), sampled(input_ids[n:], scores[n:])])
-            spent.append(time.perf_counter() - start)
-            return scores
-
-        prompts = [f"Answer in JSON.\n\n{d}" for d in rng.sample(documents, 2 * n)]
-        batch = tokenizer.pad({"input_ids": prompt_ids(tokenizer, prompts)}, padding_side="left", return_tensors="pt")
-        torch.manual_seed(seed + i)
-        start = time.perf_counter()
-        model.generate(
-            **batch.to(model.device),
-            max_new_tokens=max(budgets),
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            eos_token_id=constraint.vocab.table.eos_token,
-            pad_token_id=tokenizer.pad_token_id,
-            logits_processor=[timed],
-        )
+        n, texts, start, TimedDecoder.spent = len(budgets), [], time.perf_counter(), 0.0
+        for temperature in (0.0, 1.0):
+            messages = [f"Answer in JSON.\n\n{d}" for d in rng.sample(documents, n)]
+            replies = generate(
+                model,
+                tokenizer,
+                prompt_ids(tokenizer, messages),
+                budgets,
+                processor=lambda k, constraint=constraint, budgets=budgets: TimedDecoder(constraint, budgets[k]),
+                temperature=temperature,
+                seed=seed + i,
+            )
+            texts += [constraint.vocab.table.decode_bytes(reply.tokens) for (reply,) in replies]
+            tokens += sum(len(reply.tokens) for (reply,) in replies)
         took = time.perf_counter() - start
-        rows = [row for processor in processors for row in processor.rows]
-        wrong = [row.text for row in rows if row.left < 0 or not is_valid(judge, row.text)]
-        shares.append(sum(spent) / took)
-        tokens += sum(budget - row.left for row, budget in zip(rows, budgets * 2, strict=True))
-        outputs, invalid, seconds = outputs + len(rows), invalid + len(wrong), seconds + took
+        wrong = [text for text in texts if not is_valid(judge, text)]
+        shares.append(TimedDecoder.spent / took)
+        outputs, invalid, seconds = outputs + 2 * n, invalid + len(wrong), seconds + took
         print(f"schema {i}: shortest {least} tokens, {outputs} outputs so far, {invalid} invalid, ", end="")
         print(f"mask + completion {shares[-1]:.1%} of {took:.1f} s", flush=True)
         for text in wrong:
             print(f"invalid: schema {i}: ...{text[-160:]}", flush=True)
     p50, p90 = np.percentile(shares, [50, 90])
-    print(f"mask + completion, share of generation time, {len(rows)} rows, {len(shares)} schemas: ", end="")
+    print(f"mask + completion, share of generation time, {n} rows, {len(shares)} schemas: ", end="")
     print(f"median {p50:.1%}, p90 {p90:.1%}, max {max(shares):.1%}; {tokens / seconds:.0f} tokens/s")
     print(f"schemas whose shortest document leaves no 16 of {LONGEST} tokens, not run: {too_long or 'none'}")
     print(f"{model.config.name_or_path} on {model.device}: outputs {outputs}, invalid {invalid}")

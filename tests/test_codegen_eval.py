@@ -18,7 +18,7 @@ import infer_codegen
 from common import row_hash
 from distill.files import ROOT, UserError
 from distill.tasks.codegen_reply import Screen, extract_code
-from distill.tasks.codegen_samples import open_samples
+from distill.tasks.codegen_samples import Sampling
 from distill.tasks.codegen_sandbox import run_sandboxed
 from distill.tasks.codegen_tasks import code_prompt, humaneval, parse_tests, program, read_tasks
 from eval_codegen import bootstrap, do_nothing, pass_at_k
@@ -149,12 +149,14 @@ def test_eval_reports_resumes_and_counts_what_code_does(here, tiny, jsonl, tmp_p
     assert here(*command).returncode == 0
 
     def without_seconds(text):
-        return [{**json.loads(line), "seconds": 0} for line in text.splitlines()]
+        rows = [{**json.loads(line), "seconds": 0} for line in text.splitlines()]
+        return sorted(rows, key=lambda row: (row.get("index", -1), row.get("sample")))
 
     assert without_seconds(path.read_text()) == without_seconds(whole)
 
     # other code in place of what a random model says: contained, counted, reported
     head, *rows = lines(path)
+    assert {(row["index"], row["sample"]) for row in rows} == {(i, k) for i in range(2) for k in range(3)}
     bad = {
         ("a", 0): ("def one():\n    return 1", "passed"),
         ("a", 1): ("def one():\n    while True:\n        pass", "timeout"),
@@ -192,16 +194,6 @@ def test_eval_reports_resumes_and_counts_what_code_does(here, tiny, jsonl, tmp_p
     assert "begun with other settings" in r.stderr
 
 
-def test_a_stopped_file_keeps_only_whole_batches(tmp_path):
-    head = {"model": "m"}
-    path = tmp_path / "s.jsonl"
-    rows = [{"index": i} for i in range(5)]
-    path.write_text("".join(json.dumps(x) + "\n" for x in [head, *rows]) + '{"index": 5, "co')
-    assert open_samples(path, head, 2, 5).rows == rows  # complete, its last batch is a short one
-    assert open_samples(path, head, 2, 8).rows == rows[:4] == lines(path)[1:]
-    assert open_samples(tmp_path / "none", head, 2, 8).rows == []
-
-
 def test_eval_refuses_problems_that_were_trained_on(here, tiny_adapter, jsonl, tmp_path):
     folder = tiny_adapter("codegen")
     (folder / "train_rows.txt").write_text(row_hash(code_prompt(TASKS[0]["prompt"])) + "\n")
@@ -219,8 +211,8 @@ def test_eval_refuses_problems_that_were_trained_on(here, tiny_adapter, jsonl, t
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model_dir", "x"], "expected --model_dir and --out_dir, or --reference"),
-        (["--model_dir", "x", "--out_dir", "y", "--k", "5"], "--k 5: expected at most --n 1"),
+        (["--model_dir", "x"], "expected --model_dir and --out, or --reference"),
+        (["--model_dir", "x", "--out", "y", "--k", "5"], "--k 5: expected at most --n 1"),
         (["--model_dir", "x", "--out_dir", "y", "--n", "2", "--temperature", "0"], "expected 0.01 to 100"),
         (["--model_dir", "x", "--out_dir", "y", "--n", "0"], "--n 0: expected at least 1"),
         (["--problems", "missing.jsonl", "--reference"], "missing.jsonl: no such file"),
@@ -286,13 +278,13 @@ def test_both_forms_of_mbpp(jsonl):
 def says(monkeypatch, capsys):
     """says([reply, ...], arguments) -> what infer_codegen.py does when the model says this: (code, stdout, stderr)."""
 
-    def start(replies, tests=None, **options):
-        args = SimpleNamespace(prompt="x", n=len(replies), batch_size=2, seed=1, json=False, **options)
+    def start(replies, tests=None):
+        sampling = Sampling(len(replies), temperature=1.0, seed=1, batch_size=2)
         left = [{"plan": None, "code": extract_code(r), "reply": r, "tokens": 1, "seconds": 0.1} for r in replies]
-        monkeypatch.setattr(infer_codegen, "sample", lambda model, tok, prompts, *_: [left.pop(0) for _ in prompts])
+        monkeypatch.setattr(infer_codegen, "sample", lambda m, t, prompts, *_, **__: [left.pop(0) for _ in prompts])
         returncode = 0
         try:
-            infer_codegen.answer(None, None, args, tests)
+            infer_codegen.answer(None, None, "x", sampling, tests, False)
         except SystemExit as e:
             returncode = e.code
         return returncode, *capsys.readouterr()
@@ -441,8 +433,8 @@ def test_infer_refuses_mbpp_without_tests(here, jsonl, tmp_path, asserts):
     ("arguments", "message"),
     [
         (["--prompt", "  "], "--prompt is empty"),
-        ([], "expected --prompt TEXT, or --input FILE with --output FILE"),
-        (["--prompt", "x", "--input", "y"], "expected --prompt TEXT, or --input"),
+        ([], "expected --prompt TEXT, or --data FILE with --out FILE"),
+        (["--prompt", "x", "--input", "y"], "expected --prompt TEXT, or --data"),
         (["--prompt", "x", "--tests", "missing.py"], "missing.py: no such file"),
         (["--prompt", "x", "--n", "3", "--temperature", "0"], "expected 0.01 to 100"),
     ],

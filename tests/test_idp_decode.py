@@ -13,10 +13,12 @@ from conftest import ROOT
 from llguidance import LLMatcher
 from transformers import AutoTokenizer
 
-from common import harmless, load_model, prompt_ids
+from common import load_model, prompt_ids
 from distill.files import UserError, cli
+from distill.model.chat_template import escape_special_tokens
 from distill.model.hub import embedded_student
-from distill.tasks.idp_decode import Constraint, SchemaLogitsProcessor, Vocabulary, closing, generate
+from distill.model.sampling import mask_forbidden, ranked_tokens
+from distill.tasks.idp_decode import Constraint, DocumentDecoder, Vocabulary, closing, generate_texts
 from distill.tasks.idp_documents import extract, idp_prompt, merge, pieces_of, shorten_lists, split_document
 from distill.tasks.idp_schema import check_schema, in_schema_order, parse_valid, validator
 from infer_idp import main, result_keys
@@ -47,22 +49,29 @@ def vocab():
     return Vocabulary.of(tokenizer, len(tokenizer))
 
 
+OPTIONS = {"document": None, "lenient": False, "max_new_tokens": 40, "batch_size": 2, "precision": "auto"}
 GENERATE_VALID = "distill.tasks.idp_documents.generate_valid"
 
 
+def step(decoders, scores, temperature=0.0):
+    """One token for each decoder, as the generation loop chooses them."""
+    uniform = torch.rand(len(scores)) if temperature else None
+    ranked = ranked_tokens(mask_forbidden(scores, decoders), temperature, uniform)
+    return [decoder.choose(best) for decoder, best in zip(decoders, ranked, strict=True)]
+
+
 def random_texts(constraint, budget, seed, rows=3):
-    """What random logits write; the first row prefers tokens that make structure, the last samples."""
+    """What random logits write; the first row prefers tokens that make structure, odd seeds sample."""
     rng = np.random.default_rng(seed)
     table = constraint.vocab.table
     bias = torch.zeros(table.vocab_size)
     bias[[t for t in range(table.vocab_size) if set(table.decode_bytes([t])) <= set(b'{}[]":,0123456789\\u')]] = 3
-    processor = SchemaLogitsProcessor(constraint, rows, budget, temperature=1.0 if seed % 2 else 0.0)
+    decoders = [DocumentDecoder(constraint, budget) for _ in range(rows)]
     for _ in range(budget):
         scores = torch.from_numpy(rng.standard_normal((rows, table.vocab_size), dtype=np.float32))
         scores[0] += bias
-        assert processor(None, scores) is scores  # in place
-        assert (scores > -torch.inf).sum(1).tolist() == [1] * rows
-    return [row.text.decode() for row in processor.rows]
+        step(decoders, scores, temperature=1.0 if seed % 2 else 0.0)
+    return [decoder.text.decode() for decoder in decoders]
 
 
 @pytest.mark.parametrize("name", AWKWARD)
@@ -86,13 +95,13 @@ def test_every_budget_from_the_minimum_up_ends_in_valid_json(vocab, name):
     ],
 )
 def test_no_number_is_written_that_python_reads_as_infinity(vocab, schema, wanted, written):
-    processor = SchemaLogitsProcessor(Constraint.of(check_schema(schema), vocab, 500), 1, 500)
+    decoder = DocumentDecoder(Constraint.of(check_schema(schema), vocab, 500), 500)
     for byte in [*wanted, None]:
         scores = torch.zeros(1, vocab.table.vocab_size)
         scores[0, vocab.table.eos_token if byte is None else vocab.table.tokenize_str(byte)[0]] = 9
-        processor(None, scores)
-    assert processor.rows[0].text.decode().startswith(written)
-    assert not processor.rows[0].text.decode().startswith(wanted) or written == wanted
+        step([decoder], scores)
+    assert decoder.text.decode().startswith(written)
+    assert not decoder.text.decode().startswith(wanted) or written == wanted
 
 
 def test_a_budget_below_the_minimum_is_an_error_that_states_it(vocab):
@@ -193,7 +202,7 @@ def test_depth_beyond_the_judge_is_no_result_and_no_traceback():
 def test_special_tokens_of_a_document_count_as_what_they_become():
     tokenizer = AutoTokenizer.from_pretrained(embedded_student())
     schema, document = json.loads(SROIE.read_text()), "<|im_start|> " * 600
-    pieces = pieces_of(harmless(tokenizer, document), schema, tokenizer, 1024, 100)
+    pieces = pieces_of(escape_special_tokens(tokenizer, document), schema, tokenizer, 1024, 100)
     assert len(pieces) > 1
     prompts = prompt_ids(tokenizer, [idp_prompt(schema, piece) for piece in pieces])
     assert max(map(len, prompts)) + 100 <= 1024
@@ -201,12 +210,12 @@ def test_special_tokens_of_a_document_count_as_what_they_become():
 
 def test_arguments_that_cannot_be_meant(tiny, jsonl, tmp_path):
     source = jsonl("docs.jsonl", [{"document": "a"}])
-    options = {"document": None, "lenient": False, "max_new_tokens": 40, "batch_size": 2, "input": source}
-    for output in (source, tmp_path):
+    options = {**OPTIONS, "model_dir": str(tiny), "schema": SROIE, "data": source}
+    for out in (source, tmp_path):
         with pytest.raises(UserError, match="expected a file of its own"):
-            main(SimpleNamespace(model_dir=str(tiny), schema=SROIE, output=output, **options))
+            main(SimpleNamespace(**options, out=out))
     with pytest.raises(UserError, match="--document: expected UTF-8"):
-        main(SimpleNamespace(model_dir=str(tiny), schema=SROIE, output=None, **{**options, "document": "a\udcff"}))
+        main(SimpleNamespace(**{**options, "document": "a\udcff"}, out=None))
 
 
 def test_merge_rule_of_pieces():
@@ -237,14 +246,14 @@ def test_a_long_document_keeps_to_max_items_or_is_an_error(tiny, monkeypatch, ca
     pages = iter(range(99))
     monkeypatch.setattr(
         GENERATE_VALID,
-        lambda m, t, prompts, *_: [{f"p{next(pages)}": [1, 2]} for _ in prompts],
+        lambda m, t, prompts, *_, **__: [{f"p{next(pages)}": [1, 2]} for _ in prompts],
     )
     document = "Price 1.00\n" * 400
     rule = {"type": "object", "maxProperties": 1}
     error, value = extract(model, tokenizer, [document, "Price 1.00"], rule, None, 40, first=7)
     assert isinstance(error, UserError) and value == {f"p{next(pages) - 1}": [1, 2]}
     assert re.match(r"document 7: its pieces together are not valid: \$: .* too many properties", str(error))
-    monkeypatch.setattr(GENERATE_VALID, lambda m, t, prompts, *_: [[next(pages), 0] for _ in prompts])
+    monkeypatch.setattr(GENERATE_VALID, lambda m, t, prompts, *_, **__: [[next(pages), 0] for _ in prompts])
     (value,) = extract(model, tokenizer, [document], {"type": "array", "maxItems": 3}, None, 40)
     assert len(value) == len({*value}) == 3 and "WARNING: document 1: $: " in capsys.readouterr().err
 
@@ -271,7 +280,7 @@ def test_extract_batches_injections_and_long_documents(tiny):
     documents = [injection, "ACME LTD 5.00", "Price 1.00\n" * 400]
     values = extract(model, tokenizer, documents, schema, constraint, 40, batch_size=3)
     assert all(validator(schema).is_valid(v) and set(v) == set(schema["properties"]) for v in values)
-    text = generate(model, tokenizer, ["x"], 40, constraint)[0]
+    (text,) = generate_texts(model, tokenizer, ["x"], 40, batch_size=1, constraint=constraint)
     assert parse_valid(text, validator(schema))[1] is None
 
 
@@ -293,13 +302,12 @@ def test_a_stopped_run_goes_on(tiny, jsonl, tmp_path):
     schema = json.loads(SROIE.read_text())
     documents = [f"SHOP {i} TOTAL {i}.00" for i in range(3)]
     source, out = jsonl("docs.jsonl", [{"document": d} for d in documents]), tmp_path / "out.jsonl"
-    options = {"document": None, "lenient": False, "max_new_tokens": 40, "batch_size": 2}
-    args = SimpleNamespace(model_dir=str(tiny), schema=SROIE, input=source, output=out, **options)
+    args = SimpleNamespace(model_dir=str(tiny), schema=SROIE, data=source, out=out, **OPTIONS)
     main(args)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [r["line"] for r in rows] == [1, 2, 3] and all(validator(schema).is_valid(r["output"]) for r in rows)
     # what a run stopped behind its first batch leaves; the first result is marked to see that it is not made again
-    keys = result_keys(args, schema, documents)
+    keys = result_keys(str(tiny), schema, 40, documents)
     marked = {"company": "kept", "date": None, "address": None, "total": None}
     jsonl("out.jsonl.part", [{"line": i + 1, "key": keys[i], "output": [marked, rows[1]["output"]][i]} for i in (0, 1)])
     main(args)
@@ -311,12 +319,12 @@ def test_a_stopped_run_goes_on(tiny, jsonl, tmp_path):
 def test_a_document_without_a_result_does_not_stop_the_others(tiny, jsonl, tmp_path, monkeypatch):
     monkeypatch.setattr(
         GENERATE_VALID,
-        lambda m, t, prompts, *_: [UserError("no valid JSON") if "BAD" in p else {"total": "1"} for p in prompts],
+        lambda m, t, prompts, *_, **__: [UserError("no valid JSON") if "BAD" in p else {"total": "1"} for p in prompts],
     )
     source, out = jsonl("docs.jsonl", [{"document": d} for d in ("A", "BAD", "C", "BAD")]), tmp_path / "out.jsonl"
-    options = {"document": None, "lenient": True, "max_new_tokens": 40, "batch_size": 2}
+    options = {**OPTIONS, "lenient": True}
     (tmp_path / "s.json").write_text('{"type": "object", "properties": {"total": {"type": "string"}}}')
-    args = SimpleNamespace(model_dir=str(tiny), schema=tmp_path / "s.json", input=source, output=out, **options)
+    args = SimpleNamespace(model_dir=str(tiny), schema=tmp_path / "s.json", data=source, out=out, **options)
     with pytest.raises(UserError, match=r"out.jsonl: 2 of 4 documents .*, the first in line 2: no valid JSON$"):
         main(args)
     good, bad = {"output": {"total": "1"}}, {"error": "no valid JSON"}
@@ -349,7 +357,7 @@ def test_lenient_exits_2_rather_than_print_what_is_invalid(run, tiny, tmp_path):
 def test_bad_input_is_one_line_and_exit_code_2_before_a_model_loads(capsys, tmp_path, schema, document, message):
     (tmp_path / "s.json").write_text(schema)
     (tmp_path / "d.txt").write_bytes(document)
-    paths = {"schema": tmp_path / "s.json", "input": tmp_path / "d.txt", "document": None, "output": None}
+    paths = {"schema": tmp_path / "s.json", "data": tmp_path / "d.txt", "document": None, "out": None}
     with pytest.raises(SystemExit) as stop:
         given = SimpleNamespace(model_dir="no-such-model", lenient=False, **paths)
         cli(main, SimpleNamespace(parse_args=lambda: given))

@@ -5,17 +5,20 @@ import re
 import sys
 import textwrap
 import warnings
+from collections.abc import Callable
+
+import numpy as np
 
 FENCE = r"^[ \t]*```"  # opens or closes a block; what follows an opening one has no further backtick
 DEFINITION = r"^\s*(?:async def|def|class) "
 
 
-def fenced(code):
+def fenced(code: str) -> str:
     """Code as the assistant writes it, and extract_code() reads it."""
     return f"```python\n{code.strip()}\n```"
 
 
-def extract_code(reply):
+def extract_code(reply: str) -> str:
     """The code of a reply: its first fenced block with a definition, else its first block, else from its first line
     that looks like code, else all of it. A fence that is never closed ends with the reply."""
     blocks = re.findall(rf"{FENCE}[^\n`]*\n(.*?)(?:{FENCE}|\Z)", reply, flags=re.DOTALL | re.MULTILINE)
@@ -28,8 +31,8 @@ def extract_code(reply):
     return reply[start.start() if start else 0 :].strip("\n")
 
 
-def only_code(reply):
-    """extract_code() for a reader who wants nothing else: without prose behind code that has no fence, "" for prose.
+def only_code(reply: str) -> str:
+    """extract_code() without the prose that follows code without a fence; "" for a reply that is only prose.
 
     A definition is code even if it is wrong or, by the limit of tokens, cut off in mid-line.
     """
@@ -45,8 +48,8 @@ def only_code(reply):
     return "\n".join(lines[:end]).rstrip()
 
 
-def does_something(text):
-    """Whether text is Python that acts: a single word parses, too."""
+def does_something(text: str) -> bool:
+    """Whether text is Python that acts; a single word parses too, but does nothing."""
     try:
         with warnings.catch_warnings(action="ignore"):  # of escapes in strings
             nodes = list(ast.walk(ast.parse(textwrap.dedent(text))))
@@ -55,20 +58,27 @@ def does_something(text):
     return any(isinstance(n, ast.Call) or (isinstance(n, ast.stmt) and not isinstance(n, ast.Expr)) for n in nodes)
 
 
-def streamer(tokenizer, take):
-    """A streamer that gives take(text, stream_end) the words as they come."""
-    from transformers import TextStreamer
+class TokenStream:
+    """Gives take(text) the words of a reply as their tokens come. Call end() after the last one."""
 
-    made = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    made.on_finalized_text = take
-    return made
+    def __init__(self, tokenizer, take: Callable[[str, bool], None]):
+        from transformers import TextStreamer
+
+        self.streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+        self.streamer.on_finalized_text = take
+
+    def __call__(self, token: int) -> None:
+        self.streamer.put(np.array([token]))
+
+    def end(self) -> None:
+        self.streamer.end()
 
 
 class Screen:
-    """A terminal: the plan word by word, and line by line what extract_code() takes from a reply with fences.
+    """A terminal: shows the plan word by word, and line by line what extract_code() takes from a reply with fences.
 
-    A block is held back until it defines something, since the one that does is the code. What is not shown that way
-    (no fence, or no definition) is for the caller to print at the end.
+    A block is held back until it defines something, since the one that does is the code. The caller prints at the end
+    what is not shown that way (no fence, or no definition).
     """
 
     def __init__(self):

@@ -2,9 +2,13 @@
 
 import sys
 
-from common import harmless, prompt_ids
+from jsonschema import Draft202012Validator
+
+from common import prompt_ids
 from distill.files import UserError
-from distill.tasks.idp_decode import generate_valid
+from distill.model.chat_template import escape_special_tokens
+from distill.model.generate import context_length
+from distill.tasks.idp_decode import Constraint, generate_valid
 from distill.tasks.idp_schema import compact, validator
 
 MAX_CHARS = 200_000  # of one document: about 100 pages; more is a mistake in the call rather than a document
@@ -14,13 +18,13 @@ INSTRUCTION = (
 )
 
 
-def idp_prompt(schema, document):
-    """The user message, in training and at inference: what is constant first, the document last."""
+def idp_prompt(schema, document: str) -> str:
+    """The user message, in training and at inference: the constant part first, the document last."""
     return f"{INSTRUCTION}\n\nSchema:\n{compact(schema)}\n\nDocument:\n{document}"
 
 
-def check_document(document, place):
-    """Errors: UserError for an empty, binary or oversized document."""
+def check_document(document: str, place) -> str:
+    """The document. Errors: UserError for an empty, binary or oversized document."""
     if not document.strip():
         raise UserError(f"{place}: the document is empty")
     if "\udc80" <= max(document) <= "\udcff":  # how Python passes on arguments that are no UTF-8
@@ -32,8 +36,8 @@ def check_document(document, place):
     return document
 
 
-def split_document(document, tokenizer, room):
-    """Pieces of at most `room` tokens that overlap by an eighth; they end at a line's end where one is near."""
+def split_document(document: str, tokenizer, room: int) -> list[str]:
+    """Pieces of at most `room` tokens that overlap by an eighth; they end at the end of a line where one is near."""
     offsets = tokenizer(document, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     pieces, first = [], 0
     while True:
@@ -53,8 +57,8 @@ def split_document(document, tokenizer, room):
 def merge(one, two):
     """The result of two pieces, the earlier first, by kind of value.
 
-    Scalars: the earlier one, unless it is null or empty. Objects: key by key. Arrays: one behind the other, where items
-    at the seam that both pieces saw (the end of the one equals the start of the other) are kept once.
+    Scalars: the earlier one, unless it is null or empty. Objects: key by key. Arrays: one after the other; items at the
+    seam that both pieces saw (the end of one equals the start of the other) are kept once.
     """
     if isinstance(one, dict) and isinstance(two, dict):
         return {**two, **{k: merge(v, two[k]) if k in two else v for k, v in one.items()}}
@@ -64,11 +68,11 @@ def merge(one, two):
     return two if one is None or one == "" else one
 
 
-def shorten_lists(value, judge):
-    """Cut the lists that pieces made longer than their maxItems, in place; what was left out, a message a list.
+def shorten_lists(value, judge: Draft202012Validator) -> list[str]:
+    """Cut lists that are longer than their maxItems because pieces were merged, in place; one message per list.
 
-    Of equal items the later ones go first, as far as needed, then what stands last in the document: as in a document
-    read at once, where the schema ends a list.
+    Repeated items go first, the later ones before the earlier, then the last items of the document, as where the schema
+    ends a list in a document that is read at once.
     """
     messages, errors = [], list(judge.iter_errors(value))
     for error in errors:
@@ -86,9 +90,9 @@ def shorten_lists(value, judge):
     return messages
 
 
-def pieces_of(document, schema, tokenizer, context, max_new_tokens):
+def pieces_of(document: str, schema, tokenizer, context: int, max_new_tokens: int) -> list[str]:
     """The document, or its overlapping pieces where prompt and answer would exceed the model's context."""
-    document = harmless(tokenizer, document)  # first: it changes how many tokens there are
+    document = escape_special_tokens(tokenizer, document)  # first: it changes how many tokens there are
     frame = len(prompt_ids(tokenizer, [idp_prompt(schema, "")])[0])
     room = context - frame - max_new_tokens - 16  # a piece may take some tokens more inside the prompt
     if room < 64:
@@ -101,19 +105,28 @@ def pieces_of(document, schema, tokenizer, context, max_new_tokens):
     return split_document(document, tokenizer, room)
 
 
-def extract(model, tokenizer, documents, schema, constraint, max_new_tokens, batch_size=8, first=1):
-    """One valid value a document: list[str] -> list. first: the number of documents[0] in messages.
+def extract(
+    model,
+    tokenizer,
+    documents: list[str],
+    schema,
+    constraint: Constraint,
+    max_new_tokens: int,
+    batch_size: int = 8,
+    first: int = 1,
+    desc: str | None = None,
+) -> list:
+    """One valid value per document. first: the number of documents[0] in messages; desc: name of a progress bar.
 
-    In place of a value a UserError where generate_valid finds none, or where the pieces of a document are not valid
-    together: it is raised by who needs this document, and the others are unharmed.
+    A UserError takes the place of a value where generate_valid finds none, or where the pieces of a document are not
+    valid together. The caller raises it if it needs that document; the others are not affected.
     """
-    judge = validator(schema)
-    context = model.config.max_position_embeddings
+    judge, context = validator(schema), context_length(model)
     pieces = [(i, p) for i, d in enumerate(documents) for p in pieces_of(d, schema, tokenizer, context, max_new_tokens)]
-    values = []
-    for at in range(0, len(pieces), batch_size):
-        prompts = [idp_prompt(schema, piece) for _, piece in pieces[at : at + batch_size]]
-        values += generate_valid(model, tokenizer, prompts, constraint, judge, max_new_tokens)
+    messages = [idp_prompt(schema, piece) for _, piece in pieces]
+    values = generate_valid(
+        model, tokenizer, messages, max_new_tokens, constraint, judge, batch_size=batch_size, desc=desc
+    )
     results = {}
     for (i, _), value in zip(pieces, values, strict=True):
         failed = next((v for v in (results.get(i), value) if isinstance(v, UserError)), None)
