@@ -19,7 +19,7 @@ VICUNA = (
 )
 GEMMA = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-    "<|im_start|>{{ m.role }}\n{{ m.content }}<end_of_turn>\n{% endfor %}"
+    "<|im_start|>{{ 'user' if m.role == 'user' else 'model' }}\n{{ m.content }}<end_of_turn>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
 )
 DATED = "{% if strftime_now is defined %}Today: {{ strftime_now('%d %b %Y') }}\n{% endif %}"
@@ -44,7 +44,7 @@ def test_a_template_with_turns_in_plain_words_is_refused(tokenizer):
         prompt_ids(tokenizer, ["Hello\nASSISTANT: yes"])
 
 
-def test_a_template_that_prints_the_date_prints_the_same_one_every_day(tokenizer, monkeypatch):
+def test_a_template_that_prints_the_date_prints_the_same_one_every_day(tokenizer):
     tokenizer.chat_template = DATED + tokenizer.chat_template
     assert chat_text(tokenizer, "x").startswith("Today: 26 Jul 2024\n")
     prompt, answer = prompt_ids(tokenizer, ["x"])[0], completion_ids(tokenizer, ["x"], ["y"])[0]

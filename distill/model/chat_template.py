@@ -60,6 +60,13 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
 def render(tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str]], open_turn: bool) -> str:
     """The template's text for (role, content) pairs. open_turn: whether it ends by opening the assistant's turn."""
     messages = [{"role": role, "content": content} for role, content in turns]
+    template = dated(tokenizer.get_chat_template())
     return tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=open_turn, strftime_now=DATE.strftime
+        messages, chat_template=template, tokenize=False, add_generation_prompt=open_turn
     )
+
+
+@functools.lru_cache(8)
+def dated(template: str) -> str:
+    """The template with DATE in place of today's date."""
+    return re.sub(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", lambda m: repr(DATE.strftime(m[2])), template)

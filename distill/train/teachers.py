@@ -273,18 +273,18 @@ def generate(teacher: Teacher, prompts: list[str], max_tokens: int, keep: Callab
     """Greedy answers of a local model: keep(prompt, answer). Prompt and answer share `max_tokens`."""
     from tqdm import tqdm
 
-    from distill.tasks.codegen_samples import reply_to
+    from distill.model.generate import context_length
+    from distill.model.generate import generate as generate_replies
 
     model, tokenizer = load_model(teacher.name, teacher.precision)
-    lengths = {p: len(ids) for p, ids in zip(prompts, prompt_ids(tokenizer, prompts), strict=True)}
-    prompts = sorted(prompts, key=lengths.__getitem__)  # a batch has prompts of similar length
+    ids, most = prompt_ids(tokenizer, prompts), min(max_tokens, context_length(model))
     bar = tqdm(total=len(prompts), desc="teacher", unit="answer", file=sys.stderr)
-    for i in range(0, len(prompts), 16):
-        batch = prompts[i : i + 16]
-        most = max(1, min(max_tokens, model.config.get_text_config().max_position_embeddings) - lengths[batch[-1]])
-        for prompt, (text, tokens) in zip(batch, reply_to(model, tokenizer, batch, most, 0), strict=True):
-            keep(prompt, Answer(text=text, whole=tokens < most))
-        bar.update(len(batch))
+
+    def take(i, _, reply):
+        keep(prompts[i], Answer(text=reply.text, whole=reply.ended))
+        bar.update()
+
+    generate_replies(model, tokenizer, ids, [max(1, most - len(row)) for row in ids], on_reply=take)
     bar.close()
     del model
     release_memory()
