@@ -4,7 +4,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tqdm import tqdm
@@ -139,7 +139,7 @@ def sample_to_file(
     with the samples of a run that was not stopped. A prompt that exceeds the context becomes a row with "error" and no
     code. Error: UserError when the file was made with other settings.
     """
-    settings = asdict(replace(sampling, batch_size=1))
+    settings = asdict(sampling)
     del settings["batch_size"]  # samples do not depend on it
     head = {"model": str(name), "adapter": adapter_sha256(name), **settings, "prompts": sha256(json.dumps(requests))}
     plan = (PLAN_TOKENS + 32) * sampling.plan_then_code  # a plan may come back from text as a few tokens more
