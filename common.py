@@ -132,13 +132,15 @@ def holdout(rows, seed=SEED, frac=VAL_FRAC, start=0.0):
     return [r for r, h in zip(rows, held, strict=True) if not h], [r for r, h in zip(rows, held, strict=True) if h]
 
 
-def dev_split(rows, seed=SEED, frac=0.1):
+def dev_split(rows, seed=SEED, frac=0.1, limit=None):
     """Split training rows into (train, development) by their "group", else by their prompt: answers play no part.
 
-    The development rows belong to training: they choose the checkpoint and fit the calibration.
+    Development rows belong to training: they choose the checkpoint and fit the calibration.
+    limit: keep so many development rows, the same ones for the same seed, in an order that the seed determines.
     """
     dev = [unit_hash(f"dev:{seed}", r.get("group") or prompt_of(r)) < frac for r in rows]
-    return [r for r, d in zip(rows, dev, strict=True) if not d], [r for r, d in zip(rows, dev, strict=True) if d]
+    train, own = ([r for r, d in zip(rows, dev, strict=True) if d == side] for side in (False, True))
+    return train, sorted(own, key=lambda r: unit_hash(seed, prompt_of(r)))[:limit] if limit else own
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common import load_model, row_hash
+from common import load_model
+from distill.evaluate import bootstrap_mean, check_overlap, interval, overlap_lines, overlap_record
 from distill.files import UserError, cli, positive, write_json, write_jsonl
 from distill.model.hub import check_models
 from distill.run_record import run_record
@@ -27,7 +28,6 @@ from distill.tasks.codegen_samples import Sampling, add_sampling_arguments, samp
 from distill.tasks.codegen_sandbox import KINDS, describe_isolation, run_many
 from distill.tasks.codegen_tasks import code_prompt, humaneval, parse_tests, plan_prompt, program, read_tasks
 
-DRAWS = 2000  # of the bootstrap
 OVER = "prompt over the context"
 
 
@@ -42,17 +42,21 @@ def main(args):
     if max(args.k) > args.n:
         raise UserError(f"--k {max(args.k)}: expected at most --n {args.n}")
     check_models(args.model_dir)
+    asked = [[code_prompt(p["prompt"]), plan_prompt(p["prompt"])] for p in problems]
+    overlap = {name: check_overlap(name, asked, args.allow_overlap) for name in args.model_dir}
     results = []
     for name in args.model_dir:
-        overlap = check_overlap(name, problems, args.allow_overlap)
         model, tokenizer = load_model(name, args.precision)
         for mode in args.mode:
             drawn = replace(sampling, plan_then_code=mode == "plan")
             rows = evaluate(model, tokenizer, name, problems, drawn, args.timeout, args.out)
-            results.append({"model": name, "mode": mode, **summary(rows, args), "training_overlap": overlap})
+            results.append({"model": name, "mode": mode, **summary(rows, args.k), "training_overlap": overlap[name]})
         del model
-    write_json(args.out / "report.json", {"results": results, "problems": len(problems), **run_record(args)})
+    report = {"results": results, "problems": len(problems), **overlap_record(overlap)}
+    write_json(args.out / "report.json", report | run_record(args))
     print_table(results, args)
+    for line in overlap_lines(report):
+        print(line)
     print(f"report and one line a problem in {args.out}")
 
 
@@ -74,18 +78,6 @@ def load_problems(path: Path | None, last: int | None, limit: int | None) -> lis
             raise UserError(f"{place}: field 'tests' is missing or empty; expected asserts")
         parse_tests(problem["tests"], place)
     return problems
-
-
-def check_overlap(name, problems, allowed):
-    """How many problems an adapter was trained on; UserError when there are some and that was not allowed."""
-    path = Path(name) / "train_rows.txt"
-    if not path.is_file():
-        return None
-    trained = set(path.read_text().split())
-    seen = sum(any(row_hash(ask(p["prompt"])) in trained for ask in (code_prompt, plan_prompt)) for p in problems)
-    if seen and not allowed:
-        raise UserError(f"{name}: {seen} of {len(problems)} problems are among its training rows (--allow_overlap)")
-    return seen
 
 
 def check_reference(problems):
@@ -144,15 +136,15 @@ def evaluate(
     return rows
 
 
-def summary(rows, args):
-    """pass@k and syntax errors with intervals, failure kinds and cost of one model in one mode."""
+def summary(rows: list[dict], ks: list[int]) -> dict:
+    """pass@k and syntax errors with intervals over problems, failure kinds and cost of one model in one mode."""
     n, passed = np.array([r["n"] for r in rows]), np.array([r["passed"] for r in rows])
     samples = [s for r in rows for s in r["samples"] if "verdict" in s]
     kinds = sum((Counter(r["kinds"]) for r in rows), Counter())
-    scores = {f"pass@{k}": pass_at_k(n, passed, k) for k in sorted(set(args.k))}
+    scores = {f"pass@{k}": pass_at_k(n, passed, k) for k in sorted(set(ks))}
     scores["syntax_errors"] = np.array([r["kinds"]["syntax"] / r["n"] for r in rows])
     return {
-        **{name: {"value": float(x.mean()), "interval_95": bootstrap(x, args.seed)} for name, x in scores.items()},
+        **{name: {"value": float(x.mean()), "interval_95": interval_of_mean(x)} for name, x in scores.items()},
         "problems": len(rows),
         "samples": int(n.sum()),
         "kinds": {kind: kinds[kind] for kind in (*KINDS, OVER) if kinds[kind] or kind in KINDS},
@@ -175,11 +167,9 @@ def pass_at_k(n, c, k):
     )
 
 
-def bootstrap(scores, seed):
-    """95 % percentile interval of the mean over problems: (problems,) -> [low, high]."""
-    rng = np.random.default_rng(seed)
-    means = scores[rng.integers(0, len(scores), (DRAWS, len(scores)))].mean(axis=1)
-    return [float(x) for x in np.quantile(means, (0.025, 0.975))]
+def interval_of_mean(scores: np.ndarray) -> list[float]:
+    """95 % interval [low, high] of the mean of one score per problem."""
+    return interval(bootstrap_mean(scores, range(len(scores))))
 
 
 def print_table(results, args):

@@ -4,8 +4,8 @@
         --data data/creditmix_dataset.json --val_per_class 1500
     python eval_creditmix.py --model_dir smollm2-135m runs/smollm2_sft --val_per_class 50  # CPU
 
-Held out are the customers that creditmix_prepare.py kept apart (same file, same seed). A model that was trained on one
-of the rows is refused. Intervals resample customers, since the months of one are not independent.
+Held-out rows are those of the customers that creditmix_prepare.py kept apart (same file, same seed). A model that was
+trained on one of them is refused. Intervals resample customers, because the months of a customer are not independent.
 """
 
 import argparse
@@ -34,65 +34,64 @@ from common import (
     label_classes,
     load_model,
     row_hash,
-    unit_hash,
 )
-from distill.evaluate import check_overlap, confusion, mcnemar, metrics, trained_rows
+from distill.evaluate import check_overlap, mcnemar, metrics, overlap_record, trained_rows
 from distill.files import UserError, atomic_write, cli, file_sha256, positive, sha256, write_json, write_jsonl
 from distill.hardware import device
 from distill.model.hub import check_models
+from distill.report import draw, table
 from distill.run_record import run_record
 from distill.tasks.boosting import boost
-from distill.tasks.creditmix import balance, pick, read_raw
+from distill.tasks.creditmix import balance, read_raw, rows_per_class
 
-SCORER = 2  # raised when a change of the scorer changes scores: those kept from before are then made again
+SCORER = 2  # raised when a change of the scorer changes scores: cached ones are then computed again
+DEV_ROWS = 1000  # to fit a calibration on
 
 
 def main(args):
     if int(os.environ.get("RANK", 0)):  # under `accelerate launch` one process evaluates, since models are small
         return
     out = args.out or Path("runs/reports") / datetime.now().strftime("%Y%m%d-%H%M%S")
-    tasks = [Task.of(name, args.task) for name in args.model_dir]
-    task = tasks[0]
-    for name, other in zip(args.model_dir, tasks, strict=True):
-        if other != task:
-            raise UserError(
-                f"{name}: its task is not that of {args.model_dir[0]}; expected the same labels and template"
-            )
+    task = common_task(args.model_dir, args.task)
     check_models(args.model_dir)
     bias = label_bias(args.label_bias, task)
     rows, dropped = read_raw(args.data, args.columns)
     label_classes(args.data, rows, "answer", task)
     train, held = holdout(rows, args.seed, args.val_frac)
-    held = pick(held, task, args.val_per_class, args.seed)
+    held = rows_per_class(held, task, args.val_per_class, args.seed)
     y = label_classes(args.data, held, "answer", task)
-    dev = dev_rows(args.data, train, task, args.seed)
-    overlap = {name: check_overlap(name, held, task, args.allow_overlap) for name in args.model_dir}
-    print(f"{len(held)} held-out rows of {len({r['group'] for r in held})} customers: {class_counts(y, task)}")
-
+    prompts = [task.prompt(r["question"]) for r in held]
+    overlap = {name: check_overlap(name, [[p] for p in prompts], args.allow_overlap) for name in args.model_dir}
+    counts = ", ".join(f"{label} {(y == i).sum()}" for i, label in enumerate(task.labels))
+    print(f"{len(held)} held-out rows of {len({r['group'] for r in held})} customers: {counts}")
     if not held:
         raise UserError(f"{args.data}: no held-out rows; expected more customers or a larger --val_frac")
+
+    balanced = balance(args.data, train, task.labels, args.seed)
+    dev = dev_rows(balanced, task, args.seed) if args.fit_calibration else []
     groups = np.unique([r["group"] for r in held], return_inverse=True)[1]
-    report = {"n": len(held), "seed": args.seed, "overlap": sum(overlap.values()), "rows_dropped": dict(dropped)}
-    report["references"] = references(args.data, train, held, y, groups, task, args.seed)
+    report = {"n": len(held), "seed": args.seed, **overlap_record(overlap), "rows_dropped": dict(dropped)}
+    report["references"] = references(train, balanced, held, y, groups, task)
     report["models"], right, predictions = [], {}, [{"question": r["question"], "answer": r["answer"]} for r in held]
     for name in args.model_dir:
-        own_dev = [r for r in dev if row_hash(r["input"]) not in trained_rows(name)] if args.fit_calibration else []
-        raw, prior, dev_raw, rows_per_s = score(name, task, held, own_dev, out, args)
-        fit = Calibration.load(name, task)
+        trained = trained_rows(name) or ()
+        own_dev = [r for r in dev if row_hash(r["input"]) not in trained]
+        dev_prompts = [r["input"] for r in own_dev]
+        raw, dev_raw, prior, rows_per_s = score(name, task, prompts, dev_prompts, args.precision, out)
         if args.fit_calibration:
             fit = fit_on(name, dev_raw, prior, own_dev, task, out)
+        else:
+            fit = Calibration.load(name, task)
         entry = {"model_dir": name, "rows_per_s": rows_per_s, "train_overlap": overlap[name], "prior": prior.tolist()}
         views = {"raw": raw, "null": raw - prior + bias, "fitted": fit(raw + bias, prior) if fit.fitted else None}
         for view, scores in views.items():
             entry[view] = None if scores is None else metrics(scores, y, groups, task)
         report["models"].append(entry)
-        best = fit(raw + bias, prior)  # what infer and serve answer: null calibration where nothing is fitted
-        right[name] = best.argmax(1) == y
-        for line, r, s in zip(predictions, raw, best, strict=True):
+        served = fit(raw + bias, prior)  # what infer and serve answer: null calibration where nothing is fitted
+        right[name] = served.argmax(1) == y
+        for line, r, s in zip(predictions, raw, served, strict=True):
             line[name] = {"prediction": task.labels[int(s.argmax())], "raw": r.tolist(), "scores": s.tolist()}
-        same = sum(Path(other).name == Path(name).name for other in args.model_dir) > 1
-        picture = re.sub(r"[^\w.-]+", "_", str(name)).strip("_") if same else Path(name).name
-        draw(name, best, y, task, out / f"{picture}.png")
+        draw(name, served, y, task, out / f"{picture_name(name, args.model_dir)}.png")
     report["mcnemar"] = [
         {"a": a, "b": b, **mcnemar(right[a], right[b])} for a, b in combinations(args.model_dir, 2) if a != b
     ]
@@ -107,20 +106,31 @@ def main(args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rows
+# Rows and flags
 
 
-def dev_rows(path, train, task, seed, most=1000):
-    """The development rows that the trainers keep apart, as rows with input and output."""
+def common_task(names: list[str], otherwise: Path) -> Task:
+    """The task of all models, from the file `otherwise` for those without task.json.
+
+    Error: UserError where they differ.
+    """
+    tasks = [Task.of(name, otherwise) for name in names]
+    for name, task in zip(names, tasks, strict=True):
+        if task != tasks[0]:
+            raise UserError(f"{name}: its task is not that of {names[0]}; expected the same labels and template")
+    return tasks[0]
+
+
+def dev_rows(balanced: list[dict], task: Task, seed: int) -> list[dict]:
+    """The development rows of the trainers, as rows with input and output."""
     rows = [
-        {"input": task.prompt(r["question"]), "output": r["answer"], "group": group_hash(r["group"])}
-        for r in balance(path, train, task.labels, seed)
+        {"input": task.prompt(r["question"]), "output": r["answer"], "group": group_hash(r["group"])} for r in balanced
     ]
-    return sorted(dev_split(rows, seed)[1], key=lambda r: unit_hash(seed, r["input"]))[:most]
+    return dev_split(rows, seed, limit=DEV_ROWS)[1]
 
 
-def label_bias(pairs, task):
-    """["Standard=0.3"] -> array [L] of what the operator adds to the scores."""
+def label_bias(pairs: list[str], task: Task) -> np.ndarray:
+    """["Standard=0.3"] -> float array [L] that is added to the scores."""
     bias = np.zeros(len(task.labels))
     for pair in pairs:
         label, _, value = pair.rpartition("=")
@@ -133,28 +143,30 @@ def label_bias(pairs, task):
     return bias
 
 
-def class_counts(classes, task):
-    counts = np.bincount(classes, minlength=len(task.labels))
-    return ", ".join(f"{label} {n}" for label, n in zip(task.labels, counts, strict=True))
+def picture_name(name: str, names: list[str]) -> str:
+    """A model's file name: the last part of its path, or all of it where several models share that."""
+    if sum(Path(other).name == Path(name).name for other in names) > 1:
+        return re.sub(r"[^\w.-]+", "_", str(name)).strip("_")
+    return Path(name).name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores
 
 
-def score(name, task, held, dev, out, args):
-    """(raw [N, L], prior [L], development raw [D, L], rows per second); kept under `out`, so a stopped run goes on."""
+def score(name: str, task: Task, prompts: list[str], dev_prompts: list[str], precision: str, out: Path):
+    """(raw [N, L], development raw [D, L], prior [L], rows per second); cached in `out`, so a stopped run goes on."""
     files = sorted(
         p for p in Path(name).glob("*") if p.suffix in (".safetensors", ".json") and p.name != "calibration.json"
     )
     weights = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    prompts = [task.prompt(r["question"]) for r in held] + [r["input"] for r in dev]
-    key = sha256(json.dumps([SCORER, name, weights, asdict(task), args.precision, str(device()), prompts]))
+    prompts, n = prompts + dev_prompts, len(prompts)
+    key = sha256(json.dumps([SCORER, name, weights, asdict(task), precision, str(device()), prompts]))
     cache = out / f".scores-{key[:16]}.json"
     if cache.is_file():
         found = json.loads(cache.read_text(encoding="utf-8"))
     else:
-        model, tokenizer = load_model(name, args.precision)
+        model, tokenizer = load_model(name, precision)
         scorer = LabelScorer(model, tokenizer, task.labels, task.null_prompts())
         prior = scorer.prior(task)
         start = datetime.now()
@@ -163,10 +175,10 @@ def score(name, task, held, dev, out, args):
         found = {"raw": raw.tolist(), "prior": prior.tolist(), "rows_per_s": round(len(raw) / seconds, 2)}
         write_json(cache, found)
     raw = np.array(found["raw"])
-    return raw[: len(held)], np.array(found["prior"]), raw[len(held) :], found["rows_per_s"]
+    return raw[:n], raw[n:], np.array(found["prior"]), found["rows_per_s"]
 
 
-def fit_on(name, raw, prior, dev, task, out):
+def fit_on(name: str, raw: np.ndarray, prior: np.ndarray, dev: list[dict], task: Task, out: Path) -> Calibration:
     """Fit on development rows; calibration.json goes beside an adapter, else into the report's folder."""
     if not dev:
         raise UserError(f"{name}: no development row that it was not trained on; expected the --seed of its training")
@@ -177,82 +189,17 @@ def fit_on(name, raw, prior, dev, task, out):
     return fit
 
 
-def references(path, train, held, y, groups, task, seed):
-    """The training side's majority class, and gradient boosting on the same fields (None for free text)."""
+def references(train: list[dict], balanced: list[dict], held: list[dict], y, groups, task: Task) -> dict:
+    """Metrics of the training side's majority class and of gradient boosting on the fields (None for free text)."""
     most = Counter(r["answer"] for r in train)
     prior = np.array([max(most[label], 0.5) / len(train) for label in task.labels])
-    found = {"majority": metrics(np.log(np.tile(prior, (len(y), 1))), y, groups, task)}
-    train = balance(path, train, task.labels, seed)
+    found = {"majority": metrics(np.log(np.tile(prior, (len(y), 1))), y, groups, task), "gradient_boosting": None}
     try:
-        p = boost(train, task.labels).predict_proba([r["question"] for r in held])
+        p = boost(balanced, task.labels).predict_proba([r["question"] for r in held])
         found["gradient_boosting"] = metrics(np.log(np.clip(p, 1e-9, 1)), y, groups, task)
     except UserError as e:
         print(f"no gradient boosting reference: {e}", file=sys.stderr)
-        found["gradient_boosting"] = None
     return found
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Table and pictures
-
-
-def table(report, task):
-    """The report as text: a line for each model and calibration, references first."""
-    head = (
-        f"{'model':34} {'scores':7} {'accuracy [95%]':22} {'macro-F1 [95%]':22} {'log-loss':>8} {'Brier':>6} {'ECE':>6}"
-    )
-    lines = ["", head + "  recall " + " / ".join(task.labels)]
-    entries = [(name, "", m) for name, m in report["references"].items()]
-    entries += [(e["model_dir"], view, e[view]) for e in report["models"] for view in ("raw", "null", "fitted")]
-    for name, view, m in entries:
-        if m:
-            cells = [f"{m[k]:.3f} [{m[k + '_ci95'][0]:.3f}, {m[k + '_ci95'][1]:.3f}]" for k in ("accuracy", "macro_f1")]
-            recall = " / ".join(f"{c['recall']:.2f}" for c in m["per_class"].values())
-            numbers = f"{m['log_loss']:8.3f} {m['brier']:6.3f} {m['ece']:6.3f}"
-            warn = f"  <- {m['takes_over']} takes over" if m["takes_over"] and view else ""
-            lines.append(f"{name[-34:]:34} {view:7} {cells[0]:22} {cells[1]:22} {numbers}  {recall}{warn}")
-    for test in report["mcnemar"]:
-        counts = f"{test['only_a_right']} against {test['only_b_right']} rows"
-        lines.append(f"McNemar {test['a']} / {test['b']}: right alone on {counts}, p = {test['p']:.2g}")
-    if report["overlap"]:
-        lines.append(f"WARNING: {report['overlap']} evaluation rows were trained on; these figures measure memory")
-    return "\n".join(lines)
-
-
-def draw(name, scores, y, task, path):
-    """Confusion matrix, reliability and risk-coverage of one model, as a picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from scipy.special import softmax
-
-    p = softmax(scores, axis=1)
-    top, right = p.max(1), p.argmax(1) == y
-    matrix = confusion(y, p.argmax(1), len(task.labels))
-    figure, (left, middle, last) = plt.subplots(1, 3, figsize=(14, 4.2))
-    left.imshow(matrix / np.maximum(matrix.sum(1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1)
-    for (i, j), n in np.ndenumerate(matrix):
-        left.text(j, i, n, ha="center", va="center")
-    left.set_xticks(range(len(task.labels)), task.labels, rotation=30)
-    left.set_yticks(range(len(task.labels)), task.labels)
-    left.set(xlabel="predicted", ylabel="true", title="confusion")
-    where = np.minimum((top * 10).astype(int), 9)
-    points = [(top[where == b].mean(), right[where == b].mean(), (where == b).sum()) for b in np.unique(where)]
-    x, height, size = zip(*points, strict=True)
-    middle.plot([0, 1], [0, 1], ":", color="gray")
-    middle.scatter(x, height, s=[10 + 400 * n / len(y) for n in size])
-    middle.set(
-        xlabel="probability of the prediction", ylabel="share right", title="reliability", xlim=(0, 1), ylim=(0, 1)
-    )
-    order = np.argsort(-top)
-    last.plot(np.arange(1, len(y) + 1) / len(y), 1 - np.cumsum(right[order]) / np.arange(1, len(y) + 1))
-    last.set(xlabel="coverage, surest rows first", ylabel="error", title="risk-coverage", ylim=(0, None))
-    figure.suptitle(f"{name}, {len(y)} rows")
-    figure.tight_layout()
-    with atomic_write(path, "wb") as f:
-        figure.savefig(f, dpi=110, format="png")
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,17 @@ from pathlib import Path
 
 import numpy as np
 
-from common import SEED, holdout, load_model, row_hash
+from common import SEED, holdout, load_model
+from distill.evaluate import (
+    bootstrap,
+    bootstrap_mean,
+    check_overlap,
+    interval,
+    overlap_lines,
+    overlap_record,
+    precision_recall_f1,
+    ratio,
+)
 from distill.files import UserError, cli, positive, read_json, write_json, write_jsonl
 from distill.model.generate import context_length
 from distill.model.hub import check_models
@@ -33,7 +43,6 @@ from distill.tasks.idp_score import (
     SROIE_FIELDS,
     canonical,
     edit_similarity,
-    f1_scores,
     field_counts,
     free_value,
     leaves,
@@ -41,80 +50,66 @@ from distill.tasks.idp_score import (
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What counts as right
+# Figures
 
 
-def resampled(groups, draws=2000, seed=0):
-    """Weights (draws, documents): how often each document is in a bootstrap sample of the groups."""
-    names, index = np.unique(groups, return_inverse=True)
-    rng = np.random.default_rng(seed)
-    return rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)[:, index]
-
-
-def interval(values):
-    return [round(float(v), 4) for v in np.percentile(values, [2.5, 97.5])]
-
-
-def with_interval(value, weights, per_document):
-    """{"value", "ci95"} of a mean over documents."""
-    means = weights @ np.asarray(per_document, float) / weights.sum(1)
-    return {"value": round(float(value), 4), "ci95": interval(means)}
-
-
-def summarise(results, gold, groups):
+def summarise(results: list[dict], gold: list, groups: list[str]) -> dict:
     """Validity, exact match, scores by field and their macro and micro means, each with a 95 % interval over groups.
 
-    results: one dict a document with "value" (None where it is no JSON) and "valid".
+    results: one dict per document with "value" (None where the answer is not JSON) and "valid".
     """
     counts = [field_counts(r["value"], g) for r, g in zip(results, gold, strict=True)]
     stated = Counter(p for g in gold for p, v in leaves(g) if canonical(v) is not None)
     paths = list(stated)  # a field that no gold states has no recall
     table = np.array([[c.get(p, [0, 0, 0]) for p in paths] for c in counts], float)  # documents, fields, 3
-    weights = resampled(groups)
-    drawn = np.einsum("wd,dfc->wfc", weights, table)
-    scores, drawn_scores = f1_scores(table.sum(0)), f1_scores(drawn)  # precision, recall, F1
-    valid = [r["valid"] for r in results]
-    exact = [r["valid"] and all(a == p == g for a, p, g in c.values()) for r, c in zip(results, counts, strict=True)]
-    texts = {p: np.zeros((len(gold), 2)) for p in paths if "[]" not in p}  # documents: similarity, 1 where text
-    for i, (r, g) in enumerate(zip(results, gold, strict=True)):
-        have = dict(leaves(r["value"]))
-        for p, v in leaves(g):
-            if p in texts and isinstance(v, str) and canonical(v)[0] == "text":
-                texts[p][i] += edit_similarity(str(have.get(p) or ""), v), 1
+    scores, drawn = precision_recall_f1(table.sum(0)), bootstrap(precision_recall_f1, table, groups)
+    similar = similarities(results, gold, paths)
     fields = {}
     for i, p in enumerate(paths):
         fields[p] = {"n": stated[p]}
-        for k, value, values in zip(("precision", "recall", "f1"), scores, drawn_scores, strict=True):
-            fields[p] |= {k: round(float(value[i]), 4), f"{k}_ci95": interval(values[:, i])}
-        if p in texts and texts[p].any():
-            similar, n = texts[p].sum(0)
-            values = weights @ texts[p]
-            values = values[values[:, 1] > 0]  # a sample without this text says nothing
-            fields[p]["edit_similarity"] = round(float(similar / n), 4)
-            fields[p]["edit_similarity_ci95"] = interval(values[:, 0] / values[:, 1])
-    micro = f1_scores(table.sum((0, 1)))[2]
+        for k, value, values in zip(("precision", "recall", "f1"), scores, drawn, strict=True):
+            fields[p] |= {k: round(float(value[i]), 4), f"{k}_ci95": rounded_interval(values[:, i])}
+        if p in similar:
+            fields[p]["edit_similarity"] = round(float(ratio(similar[p].sum(0))), 4)
+            fields[p]["edit_similarity_ci95"] = rounded_interval(bootstrap(ratio, similar[p], groups))
+    valid = [r["valid"] for r in results]
+    exact = [r["valid"] and all(a == p == g for a, p, g in c.values()) for r, c in zip(results, counts, strict=True)]
     return {
         "n": len(gold),
-        "valid": with_interval(np.mean(valid), weights, valid),
-        "exact_match": with_interval(np.mean(exact), weights, exact),
-        "macro_f1": {"value": round(float(scores[2].mean()), 4), "ci95": interval(drawn_scores[2].mean(1))},
-        "micro_f1": {"value": round(float(micro), 4), "ci95": interval(f1_scores(drawn.sum(1))[2])},
+        "valid": with_interval(np.mean(valid), bootstrap_mean(valid, groups)),
+        "exact_match": with_interval(np.mean(exact), bootstrap_mean(exact, groups)),
+        "macro_f1": with_interval(scores[2].mean(), drawn[2].mean(1)),
+        "micro_f1": with_interval(micro_f1(table.sum(0)), bootstrap(micro_f1, table, groups)),
         "fields": fields,
     }
 
 
+def similarities(results: list[dict], gold: list, paths: list[str]) -> dict[str, np.ndarray]:
+    """{path: [documents, 2]}: the summed edit similarity and the number of gold texts, for fields that hold text."""
+    found = {p: np.zeros((len(gold), 2)) for p in paths if "[]" not in p}
+    for i, (r, g) in enumerate(zip(results, gold, strict=True)):
+        have = dict(leaves(r["value"]))
+        for p, v in leaves(g):
+            if p in found and isinstance(v, str) and canonical(v)[0] == "text":
+                found[p][i] += edit_similarity(str(have.get(p) or ""), v), 1
+    return {p: sums for p, sums in found.items() if sums.any()}
+
+
+def micro_f1(counts: np.ndarray) -> np.ndarray:
+    """F1 of the counts [..., fields, 3] summed over fields."""
+    return precision_recall_f1(counts.sum(-2))[2]
+
+
+def rounded_interval(values: np.ndarray) -> list[float]:
+    return [round(v, 4) for v in interval(values)]
+
+
+def with_interval(value: float, drawn: np.ndarray) -> dict:
+    return {"value": round(float(value), 4), "ci95": rounded_interval(drawn)}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is compared
-
-
-def check_overlap(name, prompts, allowed):
-    """How many evaluation prompts a model was trained on. Error: UserError where there are some, unless allowed."""
-    hashes = Path(name) / "train_rows.txt"
-    trained = set(hashes.read_text().split()) if hashes.is_file() else set()
-    seen = sum(row_hash(p) in trained for p in prompts)
-    if seen and not allowed:
-        raise UserError(f"{name}: {seen} of {len(prompts)} documents are among its training rows (--allow_overlap)")
-    return seen
 
 
 def run_model(
@@ -195,9 +190,10 @@ def main(args):
         raise UserError(f"{args.data}: no held-out rows; expected more groups or a larger --val_frac")
     prompts = [idp_prompt(schema, r["document"]) for r in rows]
     check_models(args.model_dir)
-    overlap = {name: check_overlap(name, prompts, args.allow_overlap) for name in args.model_dir}
+    overlap = {name: check_overlap(name, [[p] for p in prompts], args.allow_overlap) for name in args.model_dir}
     gold, groups = [r["gold"] for r in rows], [r["group"] for r in rows]
     report = {"run": run_record(args), "n": len(rows), "groups": len(set(groups)), "training_overlap": overlap}
+    report |= overlap_record(overlap)
     report["systems"] = {}
     if set(schema.get("properties", {})) == SROIE_FIELDS:
         values = [regex_receipt(r["document"]) for r in rows]
@@ -219,9 +215,7 @@ def main(args):
         report["systems"][name]["seconds_both_modes"] = round(time.perf_counter() - start, 1)
     write_json(out / "report.json", report)
     picture(report, out / "f1_by_field.png")
-    print(table(report))
-    if sum(overlap.values()):
-        print(f"WARNING: {overlap} documents were trained on; these figures measure memory")
+    print("\n".join([table(report), *overlap_lines(report)]))
     print(f"{out}/report.json, f1_by_field.png and one JSONL a system")
 
 

@@ -1,29 +1,71 @@
-"""What an evaluation of a label task says of scores: counts, intervals, calibration, a test between two models."""
+"""Statistics of an evaluation: cluster bootstrap, calibration error, paired tests, overlap with training rows."""
 
-import functools
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from common import log_loss, row_hash
+from common import Task, log_loss, row_hash
 from distill.files import UserError
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Intervals
 
-def metrics(scores, y, groups, task):
-    """Everything the report says of one set of scores [N, L] against true classes y [N]; groups [N] are customers."""
+
+def bootstrap(statistic: Callable, rows: np.ndarray, groups: Sequence, draws: int = 2000, seed: int = 0):
+    """Values of a statistic over resamples of whole groups (cluster bootstrap; Field and Welsh 2007).
+
+    Rows of a group depend on each other (a customer's months, a company's receipts), so groups are drawn, not rows.
+
+    statistic: maps sums over rows, float array [draws, ...], to its values [draws, ...]
+    rows: float array [N, ...], what each row adds to the sums
+    groups: N hashable names of groups
+    """
+    names, index = np.unique(groups, return_inverse=True)
+    sums = np.zeros((len(names), *np.shape(rows)[1:]))
+    np.add.at(sums, index, rows)
+    counts = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
+    return statistic(np.tensordot(counts.astype(float), sums, axes=1))
+
+
+def bootstrap_mean(values: Sequence[float], groups: Sequence) -> np.ndarray:
+    """Means of `values` [N] over resamples of whole groups, float array [draws]."""
+    values = np.asarray(values, float)
+    return bootstrap(ratio, np.stack([values, np.ones_like(values)], axis=1), groups)
+
+
+def ratio(sums: np.ndarray) -> np.ndarray:
+    """Numerator over denominator, [..., 2] -> [...]; NaN where the denominator is 0."""
+    top, bottom = np.moveaxis(sums, -1, 0)
+    return np.divide(top, bottom, out=np.full_like(top, np.nan), where=bottom > 0)
+
+
+def interval(values: np.ndarray) -> list[float]:
+    """95 % percentile interval [low, high] of bootstrap values [draws]; NaN values are left out."""
+    return np.nanpercentile(values, [2.5, 97.5]).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Classification
+
+
+def metrics(scores: np.ndarray, y: np.ndarray, groups: np.ndarray, task: Task) -> dict:
+    """Figures of one set of scores [N, L] against true classes y [N], with intervals over groups [N]."""
     from scipy.special import softmax
 
     n_labels, predicted, p = len(task.labels), scores.argmax(1), softmax(scores, axis=1)
-    matrix = confusion(y, predicted, n_labels)
-    accuracy, f1, per_class = from_confusion(matrix)
-    accuracies, f1s = bootstrap(y, predicted, groups, n_labels)
+    matrix, counts = confusion(y, predicted, n_labels), class_counts(y, predicted, n_labels)
+    accuracy, macro_f1 = accuracy_and_macro_f1(counts.sum(0)).tolist()
+    drawn = bootstrap(accuracy_and_macro_f1, counts, groups)
+    rates = np.stack([*precision_recall_f1(counts.sum(0)), matrix.sum(1)], axis=1).tolist()
+    names = ("precision", "recall", "f1", "support")
     return {
         "accuracy": accuracy,
-        "accuracy_ci95": np.percentile(accuracies, [2.5, 97.5]).tolist(),
-        "macro_f1": f1,
-        "macro_f1_ci95": np.percentile(f1s, [2.5, 97.5]).tolist(),
-        "per_class": dict(zip(task.labels, per_class, strict=True)),
+        "accuracy_ci95": interval(drawn[:, 0]),
+        "macro_f1": macro_f1,
+        "macro_f1_ci95": interval(drawn[:, 1]),
+        "per_class": {label: dict(zip(names, r, strict=True)) for label, r in zip(task.labels, rates, strict=True)},
         "confusion": matrix.tolist(),
         "predicted": dict(zip(task.labels, matrix.sum(0).tolist(), strict=True)),
         "takes_over": next((task.labels[i] for i in range(n_labels) if takes_over(matrix, i)), None),
@@ -33,47 +75,46 @@ def metrics(scores, y, groups, task):
     }
 
 
-def confusion(y, predicted, n_labels):
-    """Counts [L, L]: true class by row, predicted by column."""
+def confusion(y: np.ndarray, predicted: np.ndarray, n_labels: int) -> np.ndarray:
+    """Counts [L, L]: true class by row, predicted class by column."""
     return np.bincount(y * n_labels + predicted, minlength=n_labels**2).reshape(n_labels, n_labels)
 
 
-def from_confusion(matrix):
-    """(accuracy, macro-F1, per class {precision, recall, f1, support}); a ratio without cases is 0."""
-    hit, true, said = np.diag(matrix), matrix.sum(1), matrix.sum(0)
-    precision, recall = hit / np.maximum(said, 1), hit / np.maximum(true, 1)
-    f1 = 2 * hit / np.maximum(true + said, 1)
-    names = ("precision", "recall", "f1", "support")
-    per_class = [dict(zip(names, map(float, v), strict=True)) for v in zip(precision, recall, f1, true, strict=True)]
-    return float(hit.sum() / max(matrix.sum(), 1)), float(f1.mean()), per_class
+def class_counts(y: np.ndarray, predicted: np.ndarray, n_labels: int) -> np.ndarray:
+    """What each row adds to the counts of each class, [N, L, 3]: hits, predictions, true cases."""
+    true, said = np.eye(n_labels)[y], np.eye(n_labels)[predicted]
+    return np.stack([true * said, said, true], axis=-1)
 
 
-def bootstrap(y, predicted, groups, n_labels, times=1000):
-    """Accuracies and macro-F1s [times] of as many customers drawn with replacement (cluster bootstrap)."""
-    cells = np.zeros((groups.max() + 1, n_labels**2))
-    np.add.at(cells, (groups, y * n_labels + predicted), 1)
-    rng = np.random.default_rng(0)
-    draws = rng.multinomial(len(cells), np.full(len(cells), 1 / len(cells)), size=times) @ cells
-    found = [from_confusion(d.reshape(n_labels, n_labels))[:2] for d in draws]
-    return np.array(found).T
+def precision_recall_f1(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Counts [..., 3] of hits, predictions and true cases -> precision, recall and F1, each [...]; 0 for 0/0."""
+    hit, said, true = np.moveaxis(np.asarray(counts, float), -1, 0)
+    pairs = ((hit, said), (hit, true), (2 * hit, said + true))
+    return tuple(np.divide(a, b, out=np.zeros_like(b), where=b > 0) for a, b in pairs)
 
 
-def takes_over(matrix, i):
-    """Whether class i is predicted for more than half as many rows again as belong to it, and for most rows."""
+def accuracy_and_macro_f1(counts: np.ndarray) -> np.ndarray:
+    """Accuracy and macro-F1, [..., 2], of class counts [..., L, 3]."""
+    right = ratio(counts[..., [0, 2]].sum(-2))
+    return np.stack([right, precision_recall_f1(counts)[2].mean(-1)], axis=-1)
+
+
+def takes_over(matrix: np.ndarray, i: int) -> bool:
+    """Whether class i is predicted for most rows, and for more than 1.5 times as many as belong to it."""
     said, true = matrix.sum(0), matrix.sum(1)
     return bool(said[i] > 1.5 * true[i] and said[i] > matrix.sum() / 2)
 
 
-def ece(p, y, bins=15):
-    """Expected calibration error of the predicted class's probability in equal bins (Guo et al. 2017)."""
+def ece(p: np.ndarray, y: np.ndarray, bins: int = 15) -> float:
+    """Expected calibration error of the predicted class in bins of equal width (Guo et al. 2017): p [N, L], y [N]."""
     top, right = p.max(1), p.argmax(1) == y
     where = np.minimum((top * bins).astype(int), bins - 1)
     gaps = [abs(right[where == b].mean() - top[where == b].mean()) * (where == b).mean() for b in np.unique(where)]
     return float(sum(gaps))
 
 
-def mcnemar(a, b):
-    """Exact McNemar test of two models' right answers [N] on the same rows: the discordant counts and p."""
+def mcnemar(a: np.ndarray, b: np.ndarray) -> dict:
+    """Exact McNemar test of which rows two models have right, bool arrays [N]: discordant counts and p."""
     from scipy.stats import binomtest
 
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
@@ -81,22 +122,52 @@ def mcnemar(a, b):
     return {"only_a_right": only_a, "only_b_right": only_b, "p": float(p)}
 
 
-@functools.cache
-def trained_rows(name):
-    """Hashes of the rows that an adapter was trained on; empty for a model that does not say."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Overlap of evaluation and training
+
+
+def trained_rows(name: str) -> frozenset | None:
+    """Hashes of a model's training rows: none for a base model, None for an adapter without train_rows.txt."""
     path = Path(name) / "train_rows.txt"
-    return frozenset(path.read_text(encoding="utf-8").split()) if path.is_file() else frozenset()
+    if path.is_file():
+        return frozenset(path.read_text(encoding="utf-8").split())
+    return None if (Path(name) / "adapter_config.json").is_file() else frozenset()
 
 
-def check_overlap(name, held, task, allow):
-    """How many held-out rows the model was trained on; UserError when there are some, unless allowed."""
-    seen = trained_rows(name)
-    if not seen and (Path(name) / "adapter_config.json").is_file():
-        print(f"{name}: no train_rows.txt, so overlap with its training rows is unknown", file=sys.stderr)
-    n = sum(row_hash(task.prompt(r["question"])) in seen for r in held)
-    if n and not allow:
+def check_overlap(name: str, prompts: Sequence[Sequence[str]], allowed: bool) -> int | None:
+    """How many evaluation rows a model was trained on; None where that is unknown, which is said.
+
+    prompts: for each evaluation row, the user messages under which it may have been a training row.
+    Error: UserError where there are some, unless allowed.
+    """
+    trained = trained_rows(name)
+    if trained is None:
+        print(unknown_overlap(name), file=sys.stderr)
+        return None
+    n = sum(any(row_hash(p) in trained for p in own) for own in prompts)
+    if n and not allowed:
         raise UserError(
-            f"{name}: trained on {n} of the {len(held)} evaluation rows; expected none (same --data and --seed as "
-            "creditmix_prepare.py, or --allow_overlap)"
+            f"{name}: trained on {n} of the {len(prompts)} evaluation rows; expected none (the --data and --seed of "
+            "its prepare script, or --allow_overlap)"
         )
     return n
+
+
+def unknown_overlap(name: str) -> str:
+    return f"{name}: no train_rows.txt, so its overlap with the evaluation rows is unknown"
+
+
+def overlap_record(overlap: dict[str, int | None]) -> dict:
+    """What a report says of {model: check_overlap}: the sum of the known, and the models whose overlap is unknown."""
+    return {
+        "overlap": sum(n or 0 for n in overlap.values()),
+        "overlap_unknown": [str(name) for name, n in overlap.items() if n is None],
+    }
+
+
+def overlap_lines(record: dict) -> list[str]:
+    """The same as lines below a table."""
+    lines = [unknown_overlap(name) for name in record["overlap_unknown"]]
+    if record["overlap"]:
+        lines.append(f"WARNING: {record['overlap']} evaluation rows were trained on; these figures measure memory")
+    return lines

@@ -21,7 +21,7 @@ from distill.tasks.codegen_reply import Screen, extract_code
 from distill.tasks.codegen_samples import Sampling
 from distill.tasks.codegen_sandbox import run_sandboxed
 from distill.tasks.codegen_tasks import code_prompt, humaneval, parse_tests, program, read_tasks
-from eval_codegen import bootstrap, do_nothing, pass_at_k
+from eval_codegen import do_nothing, interval_of_mean, pass_at_k
 
 TASKS = [
     {"task_id": "a", "prompt": "Write one().", "solution": "def one():\n    return 1", "tests": "assert one() == 1"},
@@ -78,13 +78,6 @@ def test_pass_at_k_is_unbiased():
     p = 0.3
     estimates = pass_at_k([10] * 20000, rng.binomial(10, p, 20000), 5)
     assert estimates.mean() == pytest.approx(1 - (1 - p) ** 5, abs=0.005)
-
-
-def test_bootstrap_by_hand():
-    assert bootstrap(np.ones(7), 0) == [1.0, 1.0]
-    low, high = bootstrap(np.array([0.0, 1.0] * 50), 0)
-    assert (low, high) == pytest.approx((0.4, 0.6), abs=0.02)  # 0.5 -+ 1.96 * 0.05
-    assert bootstrap(np.array([0.0, 1.0] * 50), 0) == [low, high]
 
 
 # HumanEval and the harness
@@ -181,7 +174,7 @@ def test_eval_reports_resumes_and_counts_what_code_does(here, tiny, jsonl, tmp_p
     per_problem = {"pass@1": [1 / 3, 0, 0], "pass@3": [1, 0, 0], "syntax_errors": [0, 1 / 3, 0]}
     header, row = r.stdout.splitlines()[1:3]
     for name, scores in per_problem.items():
-        low, high = bootstrap(np.array(scores), report["args"]["seed"])
+        low, high = interval_of_mean(scores)
         assert first[name]["interval_95"] == pytest.approx([low, high])
         assert name in header and f"{np.mean(scores):.3f} [{low:.3f}, {high:.3f}]" in row
     by_task = {row["task_id"]: row for row in lines(next((tmp_path / "out").glob("*_direct.jsonl")))}
@@ -200,12 +193,17 @@ def test_eval_refuses_problems_that_were_trained_on(here, tiny_adapter, jsonl, t
     command = ["eval_codegen.py", "--model_dir", folder, "--problems", jsonl("p.jsonl", TASKS), *SMALL]
     r = here(*command, "--out_dir", tmp_path / "out")
     assert r.returncode == 2
-    assert "1 of 2 problems are among its training rows" in r.stderr
+    assert "trained on 1 of the 2 evaluation rows; expected none" in r.stderr
     r = here(*command, "--out_dir", tmp_path / "out", "--allow_overlap", "--last", "2", "--limit", "1")
     assert r.returncode == 0, r.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["results"][0]["training_overlap"] == 1
+    assert report["results"][0]["training_overlap"] == report["overlap"] == 1 and not report["overlap_unknown"]
     assert report["problems"] == 1
+    (folder / "train_rows.txt").unlink()
+    r = here(*command, "--out_dir", tmp_path / "out", "--limit", "1")
+    assert f"{folder}: no train_rows.txt, so its overlap with the evaluation rows is unknown" in r.stdout
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["overlap"] == 0 and report["overlap_unknown"] == [str(folder)]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,23 @@ import pytest
 from conftest import ROOT
 
 from common import Task, holdout, row_hash
-from distill.evaluate import bootstrap, confusion, ece, from_confusion, mcnemar, metrics, takes_over
+from distill.evaluate import (
+    accuracy_and_macro_f1,
+    bootstrap,
+    bootstrap_mean,
+    check_overlap,
+    class_counts,
+    confusion,
+    ece,
+    interval,
+    mcnemar,
+    metrics,
+    overlap_lines,
+    overlap_record,
+    precision_recall_f1,
+    ratio,
+    takes_over,
+)
 from distill.files import UserError, write_json
 from distill.model.hub import check_models
 
@@ -22,11 +38,14 @@ TASK6 = Task("grades", LABELS, "Grade it.\n\n{input}", ("N/A", ""))
 
 
 def test_confusion_accuracy_and_f1_by_hand():
-    matrix = confusion(np.array([0, 0, 1, 1, 2]), np.array([0, 1, 1, 1, 0]), 3)
-    assert matrix.tolist() == [[1, 1, 0], [0, 2, 0], [1, 0, 0]]
-    accuracy, macro_f1, per_class = from_confusion(matrix)
-    assert accuracy == pytest.approx(3 / 5) and macro_f1 == pytest.approx((0.5 + 0.8 + 0) / 3)
-    assert per_class[1] == {"precision": pytest.approx(2 / 3), "recall": 1.0, "f1": pytest.approx(0.8), "support": 2.0}
+    y, predicted = np.array([0, 0, 1, 1, 2]), np.array([0, 1, 1, 1, 0])
+    assert confusion(y, predicted, 3).tolist() == [[1, 1, 0], [0, 2, 0], [1, 0, 0]]
+    counts = class_counts(y, predicted, 3).sum(0)
+    assert counts.tolist() == [[1, 2, 2], [2, 3, 2], [0, 0, 1]]
+    precision, recall, f1 = precision_recall_f1(counts)
+    assert precision.tolist() == [0.5, pytest.approx(2 / 3), 0] and recall.tolist() == [0.5, 1, 0]
+    assert f1.tolist() == [0.5, pytest.approx(0.8), 0]
+    assert accuracy_and_macro_f1(counts).tolist() == pytest.approx([3 / 5, (0.5 + 0.8 + 0) / 3])
 
 
 def test_ece_and_brier_by_hand(task):
@@ -48,14 +67,65 @@ def test_mcnemar_by_hand():
     assert mcnemar(a, a)["p"] == 1.0
 
 
-def test_bootstrap_resamples_customers_not_rows():
+def test_bootstrap_resamples_customers_not_rows(task):
     rng = np.random.default_rng(0)
-    y = rng.integers(0, 2, 400)
-    right = rng.random(100) < 0.7  # four rows a customer, all right or all wrong
-    predicted = np.where(np.repeat(right, 4), y, 1 - y)
-    customers = bootstrap(y, predicted, np.repeat(np.arange(100), 4), 2)[0].std()
-    rows = bootstrap(y, predicted, np.arange(400), 2)[0].std()
+    y = rng.integers(0, 3, 400)
+    right = np.repeat(rng.random(100) < 0.7, 4)  # four rows per customer, all right or all wrong
+    customers, rows = (bootstrap_mean(right, np.arange(400) // n).std() for n in (4, 1))
     assert customers == pytest.approx(np.sqrt(0.7 * 0.3 / 100), rel=0.15) and customers > 1.7 * rows
+    scores = 5 * np.eye(3)[np.where(right, y, (y + 1) % 3)]  # the intervals of the report are those
+    low, high = metrics(scores, y, np.arange(400) // 4, task)["accuracy_ci95"]
+    assert high - low == pytest.approx(2 * 1.96 * customers, rel=0.1)
+
+
+def test_bootstrap_keeps_groups_whole():
+    rows = np.eye(4)  # each row's sum is then how often it was drawn
+    drawn = bootstrap(lambda sums: sums, rows, ["a", "b", "a", "c"], draws=50)
+    assert drawn.shape == (50, 4) and (drawn[:, 0] == drawn[:, 2]).all()
+    assert (drawn[:, [0, 1, 3]].sum(1) == 3).all() and np.ptp(drawn[:, 1]) > 0
+    again = bootstrap(lambda sums: sums, rows, ["a", "b", "a", "c"], draws=50)
+    assert (again == drawn).all()
+
+
+def test_interval_of_a_mean_by_hand():
+    assert interval(bootstrap_mean(np.ones(7), range(7))) == [1.0, 1.0]
+    low, high = interval(bootstrap_mean([0.0, 1.0] * 50, range(100)))
+    assert (low, high) == pytest.approx((0.4, 0.6), abs=0.02)  # 0.5 -+ 1.96 * 0.05
+    empty = bootstrap(ratio, np.array([[1, 1], [0, 0]]), ["a", "b"])  # a resample of b alone has no denominator
+    assert np.isnan(empty).any() and interval(empty) == [1.0, 1.0]
+
+
+def test_overlap_is_a_number_or_unknown_and_none_for_a_base(tmp_path, capsys):
+    seen, silent = tmp_path / "seen", tmp_path / "silent"
+    for folder in (seen, silent):
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text("{}")
+    (seen / "train_rows.txt").write_text(row_hash("plan: b") + "\n")
+    rows = [["a", "plan: a"], ["b", "plan: b"]]  # a problem is asked for in two ways
+    with pytest.raises(UserError, match="seen: trained on 1 of the 2 evaluation rows; expected none"):
+        check_overlap(seen, rows, allowed=False)
+    overlap = {name: check_overlap(name, rows, allowed=True) for name in ("smollm2-135m", seen, silent)}
+    assert list(overlap.values()) == [0, 1, None]
+    unknown = f"{silent}: no train_rows.txt, so its overlap with the evaluation rows is unknown"
+    assert capsys.readouterr().err == unknown + "\n"
+    assert overlap_record(overlap) == {"overlap": 1, "overlap_unknown": [str(silent)]}
+    assert overlap_lines(overlap_record(overlap))[0] == unknown
+    assert overlap_lines(overlap_record(overlap))[1].startswith("WARNING: 1 evaluation rows were trained on")
+    assert overlap_lines(overlap_record({"smollm2-135m": 0})) == []
+
+
+def test_dark_cells_of_the_confusion_picture_have_white_figures():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    from distill.report import draw_confusion
+
+    figure, axis = plt.subplots()
+    draw_confusion(axis, np.array([[9, 1], [6, 4]]), ("a", "b"))
+    assert [t.get_color() for t in axis.texts] == ["white", "black", "white", "black"]
+    plt.close(figure)
 
 
 def test_a_class_that_takes_over_is_named():
@@ -226,10 +296,10 @@ def test_a_shipped_adapter_beats_the_base_on_held_out_twin_rows(task, route):
     """36 held-out rows through the real student: enough to see 0.66 against 0.34."""
     from common import Calibration, LabelScorer, holdout, label_classes, load_model
     from distill.files import ROOT
-    from distill.tasks.creditmix import pick, read_raw
+    from distill.tasks.creditmix import read_raw, rows_per_class
 
     rows = read_raw(ROOT / "data" / "creditmix_dataset.json")[0]
-    held = pick(holdout(rows)[1], task, 12, 42)
+    held = rows_per_class(holdout(rows)[1], task, 12, 42)
     y = label_classes("held out", held, "answer", task)
     prompts = [task.prompt(r["question"]) for r in held]
 

@@ -5,19 +5,19 @@ import json
 import random
 import re
 
-import numpy as np
 import pytest
 from conftest import ROOT
 
 from common import dev_split, row_hash
+from distill.evaluate import precision_recall_f1
 from distill.files import UserError, read_json
 from distill.tasks.augment import shown_values, swap_values
 from distill.tasks.idp_corpus import mistakes, read_answers, read_corpus, without_held_out
 from distill.tasks.idp_documents import idp_prompt
 from distill.tasks.idp_schema import validator
-from distill.tasks.idp_score import canonical, edit_similarity, f1_scores, field_counts, free_value, regex_receipt
+from distill.tasks.idp_score import canonical, edit_similarity, field_counts, free_value, regex_receipt
 from distill.tasks.idp_synthetic import synthesize
-from eval_idp import check_overlap, resampled, summarise
+from eval_idp import summarise
 
 SCHEMA = ROOT / "data" / "idp_schema.json"
 SROIE = ROOT / "data" / "sroie_schema.json"
@@ -150,7 +150,7 @@ def test_field_counts_and_f1_by_hand():
     predicted = {"name": "B", "total": "5.00", "items": [{"d": "y"}, {"d": "z"}], "date": "2020-01-01"}
     counts = field_counts(predicted, gold)
     assert counts == {"name": [0, 1, 1], "total": [1, 1, 1], "items[].d": [1, 2, 3], "date": [0, 1, 0]}
-    precision, recall, f1 = f1_scores([[1, 2, 3], [0, 0, 0], [2, 2, 2]])
+    precision, recall, f1 = precision_recall_f1([[1, 2, 3], [0, 0, 0], [2, 2, 2]])
     assert precision.tolist() == [0.5, 0, 1] and recall.tolist() == [pytest.approx(1 / 3), 0, 1]
     assert f1.tolist() == [pytest.approx(0.4), 0, 1]
 
@@ -179,24 +179,10 @@ def test_intervals_of_a_field_are_over_groups():
     assert (fields["b"]["precision"], fields["b"]["recall_ci95"], fields["b"]["n"]) == (0, [0.0, 0.0], 3)
 
 
-def test_bootstrap_keeps_groups_whole():
-    weights = resampled(["a", "b", "a", "c"], draws=50)
-    assert weights.shape == (50, 4) and (weights[:, 0] == weights[:, 2]).all()
-    assert ((weights[:, 0] + weights[:, 1] + weights[:, 3]) == 3).all() and np.ptp(weights[:, 1]) > 0
-
-
 def test_regular_expressions_and_free_text():
     assert regex_receipt(RECEIPT) == GOLD
     assert free_value('Sure:\n```json\n{"a": 1}\n```') == {"a": 1}
     assert free_value("none") is None and free_value("{a}") is None
-
-
-def test_trained_documents_are_refused(tmp_path):
-    (tmp_path / "train_rows.txt").write_text(row_hash("seen") + "\n")
-    with pytest.raises(UserError, match="1 of 2 documents are among its training rows"):
-        check_overlap(tmp_path, ["seen", "new"], allowed=False)
-    assert check_overlap(tmp_path, ["seen", "new"], allowed=True) == 1
-    assert check_overlap("smollm2-135m", ["seen"], allowed=False) == 0
 
 
 def test_evaluation_reports_every_system(run, tiny, jsonl, tmp_path):
@@ -210,6 +196,21 @@ def test_evaluation_reports_every_system(run, tiny, jsonl, tmp_path):
     assert report["systems"]["regular expressions"]["fields"]["total"]["f1"] == 1.0
     lines = (tmp_path / "out" / f"{tiny.name}_constrained.jsonl").read_text().splitlines()
     assert len(lines) == 3 and (tmp_path / "out" / "f1_by_field.png").stat().st_size > 5000
+    assert (report["training_overlap"], report["overlap"], report["overlap_unknown"]) == ({str(tiny): 0}, 0, [])
+
+
+def test_trained_documents_are_refused_and_an_unknown_overlap_is_said(run, tiny_adapter, jsonl, tmp_path):
+    rows = [{"document": RECEIPT, "gold": {**GOLD, "company": f"YONG {i}"}} for i in range(12)]
+    options = ["--data", jsonl("c.jsonl", rows), "--schema", SROIE, "--val_frac", 0.5, "--max_new_tokens", 24]
+    command = ["eval_idp.py", "--model_dir", tiny_adapter("idp"), *options, "--limit", 1, "--out", tmp_path / "out"]
+    done = run(*command)
+    unknown = f"{tiny_adapter('idp')}: no train_rows.txt, so its overlap with the evaluation rows is unknown"
+    assert done.returncode == 0 and unknown in done.stdout and unknown in done.stderr, done.stderr
+    assert read_json(tmp_path / "out" / "report.json")["overlap_unknown"] == [str(tiny_adapter("idp"))]
+    prompt = idp_prompt(read_json(SROIE), RECEIPT)
+    (tiny_adapter("idp") / "train_rows.txt").write_text(row_hash(prompt) + "\n")
+    done = run(*command)
+    assert done.returncode == 2 and "trained on 1 of the 1 evaluation rows; expected none" in done.stderr
 
 
 def test_a_document_and_its_gold_change_together():

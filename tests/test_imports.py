@@ -16,7 +16,7 @@ FLOORS = [  # from the ground up; a module may import its own room and what lies
     ("common",),
     ("distill.tasks",),
     ("distill.evaluate",),
-    ("distill.train", "distill.serve", "distill.export"),
+    ("distill.report", "distill.train", "distill.serve", "distill.export"),
     tuple(p.stem for p in ROOT.glob("*.py") if p.stem != "common"),
 ]
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("distill/**/*.py")])

@@ -14,9 +14,9 @@ import creditmix_prepare as prepare
 from common import Task, holdout
 from distill.files import ROOT, UserError, file_sha256
 from distill.tasks import creditmix
-from distill.tasks.boosting import GradientBoosting, out_of_fold
+from distill.tasks.boosting import GradientBoosting, check_file, out_of_fold
 from distill.tasks.creditmix import SIX, parse_fields
-from distill.tasks.creditmix_twin import profile, synthesize
+from distill.tasks.creditmix_twin import synthesize, write_profile
 
 TASK = Task.load(prepare.TASK)
 SHIPPED = ROOT / "data" / "creditmix_dataset.json"
@@ -224,7 +224,7 @@ def test_csv_text_is_exact(tmp_path):
 def test_csv_may_be_gzipped(tmp_path):
     plain = write_csv(tmp_path / "a.csv", {})
     (tmp_path / "a.csv.gz").write_bytes(gzip.compress(plain.read_bytes()))
-    assert creditmix.read_raw(tmp_path / "a.csv.gz") == prepare.read_raw(plain)
+    assert creditmix.read_raw(tmp_path / "a.csv.gz") == creditmix.read_raw(plain)
 
 
 @pytest.mark.parametrize(
@@ -382,7 +382,7 @@ def test_a_synthetic_customer_has_one_label_income_debt_and_occupation(shipped):
 
 
 def test_profile_of_the_twin_is_near_the_profile_it_was_drawn_from(tmp_path):
-    profile(creditmix.read_raw(SHIPPED)[0], tmp_path)
+    write_profile(SHIPPED, tmp_path, TASK)
     made, drawn_from = (json.loads((f / "creditmix_profile.json").read_text()) for f in (tmp_path, ROOT / "data"))
     assert "synthetic" in made["note"]
     for label in TASK.labels:
@@ -399,7 +399,7 @@ def test_profile_of_the_twin_is_near_the_profile_it_was_drawn_from(tmp_path):
 
 
 def test_check_prints_boosting_on_the_files_own_split(small, capsys):
-    prepare.check([small[0]], "six", 42, 0.35, TASK)
+    check_file(small[0], "six", 42, 0.35, TASK)
     *seeds, mean = capsys.readouterr().out.splitlines()
     assert len(seeds) == 3 and "mean of 3 seeds: accuracy 0." in mean
 

@@ -1,14 +1,16 @@
 """Gradient boosting on the fields of texts: the reference in an evaluation, the teacher in KD."""
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.metrics import accuracy_score, f1_score
 from sklearn.preprocessing import OrdinalEncoder
 
-from common import SEED, unit_hash
+from common import SEED, Task, holdout, label_classes, unit_hash
 from distill.files import UserError
-from distill.tasks.creditmix import parse_fields
+from distill.tasks.creditmix import balance, parse_fields, read_raw
 
 
 class GradientBoosting:
@@ -71,3 +73,20 @@ def out_of_fold(rows, labels, seed=SEED, folds=5):
         model = boost([r for r in rows if fold_of[r["group"]] != k], labels, seed)
         probs[fold == k] = model.predict_proba([r["question"] for r in rows if fold_of[r["group"]] == k])
     return probs
+
+
+def check_file(path: str | Path, columns: str, seed: int, val_frac: float, task: Task) -> None:
+    """Print what gradient boosting reaches on a file's own split: three seeds, at most 1,500 held-out rows a class."""
+    rows, _ = read_raw(path, columns)
+    label_classes(path, rows, "answer", task)
+    figures = []
+    for s in range(seed, seed + 3):
+        train, held = holdout(rows, s, val_frac)
+        train = balance(f"{path}: training side", train, task.labels, s)
+        smallest = min(Counter(r["answer"] for r in held).values(), default=0)
+        held = balance(f"{path}: held-out side", held, task.labels, s, min(1500, smallest))
+        truth = label_classes(path, held, "answer", task)
+        guess = boost(train, task.labels, s).predict_proba([r["question"] for r in held]).argmax(1)
+        figures.append([accuracy_score(truth, guess), f1_score(truth, guess, average="macro")])
+        print("{}: seed {}, {} rows: accuracy {:.3f}, macro-F1 {:.3f}".format(path, s, len(held), *figures[-1]))
+    print("{}: mean of 3 seeds: accuracy {:.3f}, macro-F1 {:.3f}".format(path, *np.mean(figures, 0)))

@@ -189,7 +189,7 @@ def balance(place, rows, labels, seed, n=None):
     return [r for label in labels for r in by_class[label][: n or have]]
 
 
-def pick(held, task, per_class, seed):
+def rows_per_class(held, task, per_class, seed):
     """per_class rows of each class, the same ones for the same seed; all rows when per_class is None."""
     if per_class is None:
         return held

@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm
 
+from common import Task, label_classes
 from distill.files import ROOT, UserError, atomic_write, read_json, write_json
-from distill.tasks.creditmix import SIX, features_text, parse_fields
+from distill.tasks.creditmix import SIX, features_text, parse_fields, read_raw
 
 PROFILE = ROOT / "data" / "creditmix_profile.json"
 NUMBERS = ["Age", "Annual Income", "Outstanding Debt", "Credit Utilization Ratio"]
@@ -22,8 +23,10 @@ NOTE = (
 )
 
 
-def profile(rows, outdir):
-    """Write creditmix_profile.json, all that synthesize draws from."""
+def write_profile(src: str | Path, outdir: str | Path, task: Task) -> None:
+    """Write creditmix_profile.json of the rows in `src`: everything that synthesize draws from."""
+    rows, _ = read_raw(src)
+    label_classes(src, rows, "answer", task)
     d = pd.DataFrame([{**parse_fields(r["question"]), "label": r["answer"], "group": r["group"]} for r in rows])
     classes = {}
     for label, own in d.groupby("label"):
@@ -56,13 +59,13 @@ def rounded(values):
     return [float(f"{v:.3g}") for v in values]
 
 
-def synthesize(customers, seed, outdir):
+def synthesize(customers: int, seed: int, outdir: str | Path) -> None:
     """Write creditmix_dataset.json: the months of synthetic customers drawn from the shipped profile."""
     if customers < 1:
         raise UserError(f"--synthesize {customers}: expected at least 1 customer")
     classes = read_json(PROFILE)["classes"]
     rng = np.random.default_rng(seed)
-    label = pick(rng, [{k: c["customers"] for k, c in classes.items()}], np.zeros(customers, int))
+    label = draw_words(rng, [{k: c["customers"] for k, c in classes.items()}], np.zeros(customers, int))
     group = np.array([f"c{i:05d}" for i in range(1, customers + 1)])
     parts = [synthetic_months(group[label == k], k, c, rng) for k, c in classes.items() if k in label]
     d = pd.concat(parts).sort_values("group", kind="stable")
@@ -81,26 +84,26 @@ def synthetic_months(group, label, c, rng):
     payment behaviour are drawn anew each month given the income (measured: the months have no other memory).
     """
     one = np.zeros(len(group), int)
-    months = pick(rng, [c["months"]], one).astype(int)
+    months = draw_words(rng, [c["months"]], one).astype(int)
     who = np.repeat(np.arange(len(group)), months)
     band = np.arange(len(group)) % BANDS
     # a Gaussian copula, from Spearman's rho to its correlation; the last variable, utilisation, is the month's
     factor = np.linalg.cholesky(2 * np.sin(np.pi / 6 * np.array(c["rank_correlation"])))
     z = np.hstack([rng.standard_normal((len(group), 3))[who], rng.standard_normal((len(who), 1))])
     u = norm.cdf(np.einsum("nij,nj->ni", factor[band[who]], z))
-    d = pd.DataFrame({"group": group[who], "answer": label, "Occupation": pick(rng, [c["occupation"]], one)[who]})
+    d = pd.DataFrame({"group": group[who], "answer": label, "Occupation": draw_words(rng, [c["occupation"]], one)[who]})
     for i, name in enumerate(NUMBERS):
         grids = [q[name] for q in c["quantiles"]]
         d[name] = [np.interp(u[j, i], GRID, grids[band[w]]) for j, w in enumerate(who)]
     turn = np.where(rng.random(len(group)) < c["birthday"], rng.integers(1, np.maximum(months, 2)), months.max())
     d["Age"] = d["Age"].round() + (d.groupby("group").cumcount() >= turn[who])
     income_band = np.searchsorted(c["income_edges"], d["Annual Income"])
-    d["Payment Behaviour"] = pick(rng, c["payment_behaviour"], income_band)
+    d["Payment Behaviour"] = draw_words(rng, c["payment_behaviour"], income_band)
     return d
 
 
-def pick(rng, tables, which):
-    """A word for each of `which`, the numbers of the tables {word: share} to draw from."""
+def draw_words(rng, tables, which):
+    """One word for each entry of `which` [N], the index of the table {word: share} that it is drawn from."""
     share = pd.DataFrame(tables).fillna(0)
     below = (share.cumsum(axis=1).div(share.sum(axis=1), axis=0)).to_numpy()[which, :-1]
     return share.columns.to_numpy(dtype=object)[(rng.random((len(which), 1)) > below).sum(1)]

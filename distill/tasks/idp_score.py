@@ -1,12 +1,10 @@
-"""When two values count as equal, field counts and F1, and the regular expressions that a model has to beat."""
+"""When two values count as equal, field counts, and the regular expressions that a model has to beat."""
 
 import json
 import re
 import unicodedata
 from collections import Counter
 from datetime import date
-
-import numpy as np
 
 SROIE_FIELDS = {"company", "date", "address", "total"}
 MONTHS = ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"]
@@ -67,13 +65,6 @@ def field_counts(predicted, gold):
         for (path, _), n in counter.items():
             counts.setdefault(path, [0, 0, 0])[index] += n
     return counts
-
-
-def f1_scores(counts):
-    """counts (..., 3) of right, predicted, gold -> precision, recall, F1 of the same leading shape; 0 for 0/0."""
-    right, predicted, gold = np.moveaxis(np.asarray(counts, float), -1, 0)
-    ratio = [np.divide(a, b, out=np.zeros_like(b), where=b > 0) for a, b in ((right, predicted), (right, gold))]
-    return *ratio, np.divide(2 * right, predicted + gold, out=np.zeros_like(right), where=predicted + gold > 0)
 
 
 def edit_similarity(a, b):

@@ -56,13 +56,13 @@ def split_rows(
     """
     import torch
 
-    train, dev = dev_split(rows, seed)
+    max_dev = max_dev or (1000 if torch.cuda.is_available() else 100)
+    train, dev = dev_split(rows, seed, limit=max_dev)
     if not train:
         raise UserError(f"{path}: all {len(rows)} rows fell into the development split; expected more rows")
-    max_dev = max_dev or (1000 if torch.cuda.is_available() else 100)
     if max_train:
         train = sorted(train, key=lambda r: unit_hash(seed, prompt_of(r)))[:max_train]
-    return train, sorted(dev, key=lambda r: unit_hash(seed, prompt_of(r)))[:max_dev]
+    return train, dev
 
 
 def encode(tokenizer, rows: list[dict], max_len: int, prompt: str, *answers: str) -> tuple[list[dict], dict[str, int]]:

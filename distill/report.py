@@ -1,0 +1,71 @@
+"""The report of a label evaluation as text and as pictures."""
+
+from pathlib import Path
+
+import numpy as np
+
+from common import Task
+from distill.evaluate import confusion, overlap_lines
+from distill.files import atomic_write
+
+
+def table(report: dict, task: Task) -> str:
+    """The report as text: references first, then one line per model and kind of scores."""
+    header = (
+        f"{'model':34} {'scores':7} {'accuracy [95%]':22} {'macro-F1 [95%]':22} {'log-loss':>8} {'Brier':>6} {'ECE':>6}"
+    )
+    lines = ["", header + "  recall " + " / ".join(task.labels)]
+    entries = [(name, "", m) for name, m in report["references"].items()]
+    entries += [(e["model_dir"], view, e[view]) for e in report["models"] for view in ("raw", "null", "fitted")]
+    for name, view, m in entries:
+        if m:
+            cells = [f"{m[k]:.3f} [{m[k + '_ci95'][0]:.3f}, {m[k + '_ci95'][1]:.3f}]" for k in ("accuracy", "macro_f1")]
+            recall = " / ".join(f"{c['recall']:.2f}" for c in m["per_class"].values())
+            numbers = f"{m['log_loss']:8.3f} {m['brier']:6.3f} {m['ece']:6.3f}"
+            warn = f"  <- {m['takes_over']} takes over" if m["takes_over"] and view else ""
+            lines.append(f"{name[-34:]:34} {view:7} {cells[0]:22} {cells[1]:22} {numbers}  {recall}{warn}")
+    for test in report["mcnemar"]:
+        counts = f"{test['only_a_right']} against {test['only_b_right']} rows"
+        lines.append(f"McNemar {test['a']} / {test['b']}: right alone on {counts}, p = {test['p']:.2g}")
+    return "\n".join(lines + overlap_lines(report))
+
+
+def draw(name: str, scores: np.ndarray, y: np.ndarray, task: Task, path: Path) -> None:
+    """Write a picture of one model: confusion matrix, reliability and risk-coverage of scores [N, L], classes y [N]."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from scipy.special import softmax
+
+    p = softmax(scores, axis=1)
+    top, right = p.max(1), p.argmax(1) == y
+    figure, (left, middle, last) = plt.subplots(1, 3, figsize=(14, 4.2))
+    draw_confusion(left, confusion(y, p.argmax(1), len(task.labels)), task.labels)
+    where = np.minimum((top * 10).astype(int), 9)
+    points = [(top[where == b].mean(), right[where == b].mean(), (where == b).sum()) for b in np.unique(where)]
+    x, height, size = zip(*points, strict=True)
+    middle.plot([0, 1], [0, 1], ":", color="gray")
+    middle.scatter(x, height, s=[10 + 400 * n / len(y) for n in size])
+    middle.set(
+        xlabel="probability of the prediction", ylabel="share right", title="reliability", xlim=(0, 1), ylim=(0, 1)
+    )
+    order = np.argsort(-top)
+    last.plot(np.arange(1, len(y) + 1) / len(y), 1 - np.cumsum(right[order]) / np.arange(1, len(y) + 1))
+    last.set(xlabel="coverage, surest rows first", ylabel="error", title="risk-coverage", ylim=(0, None))
+    figure.suptitle(f"{name}, {len(y)} rows")
+    figure.tight_layout()
+    with atomic_write(path, "wb") as f:
+        figure.savefig(f, dpi=110, format="png")
+    plt.close(figure)
+
+
+def draw_confusion(axis, matrix: np.ndarray, labels: tuple) -> None:
+    """A confusion matrix [L, L], shaded by the share of its true class; figures are white on dark cells."""
+    share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for (i, j), n in np.ndenumerate(matrix):
+        axis.text(j, i, n, ha="center", va="center", color="white" if share[i, j] > 0.5 else "black")
+    axis.set_xticks(range(len(labels)), labels, rotation=30)
+    axis.set_yticks(range(len(labels)), labels)
+    axis.set(xlabel="predicted", ylabel="true", title="confusion")
