@@ -12,19 +12,25 @@ from scipy.stats import norm
 
 from common import Task, label_classes
 from distill.files import ROOT, UserError, atomic_write, read_json, write_json
-from distill.tasks.creditmix import SIX, features_text, parse_fields, read_raw
+from distill.tasks.creditmix import PLAUSIBLE, SIX, features_text, parse_fields, read_raw
 
 PROFILE = ROOT / "data" / "creditmix_profile.json"
 NUMBERS = ["Age", "Annual Income", "Outstanding Debt", "Credit Utilization Ratio"]
-BANDS, GRID = 5, np.linspace(0, 1, 21)
+BANDS, SLICES = 5, 20
+GRID = np.array([0, *(np.arange(SLICES) + 0.5) / SLICES, 1])  # ranks: the middle of each slice, and both ends
+FEWEST = 10  # customers behind any figure of the profile
 NOTE = (
-    "Aggregate figures of the public credit-score data, each over many customers and rounded. "
-    "creditmix_dataset.json is drawn from them: it is synthetic and holds no real row."
+    f"Aggregate figures of the public credit-score data, each over at least {FEWEST} customers and rounded: shares, "
+    "correlations, and means of slices by rank. There is no minimum, maximum or quantile: each would be one customer's "
+    "value. creditmix_dataset.json is drawn from them: it is synthetic and holds no real row."
 )
 
 
 def write_profile(src: str | Path, outdir: str | Path, task: Task) -> None:
-    """Write creditmix_profile.json of the rows in `src`: everything that synthesize draws from."""
+    """Write creditmix_profile.json of the rows in `src`: everything that synthesize draws from.
+
+    Error: UserError where a figure would rest on fewer than FEWEST customers.
+    """
     rows, _ = read_raw(src)
     label_classes(src, rows, "answer", task)
     d = pd.DataFrame([{**parse_fields(r["question"]), "label": r["answer"], "group": r["group"]} for r in rows])
@@ -33,29 +39,46 @@ def write_profile(src: str | Path, outdir: str | Path, task: Task) -> None:
         customers = own.groupby("group")
         people, months = customers.first(), customers.size()
         bands = own.groupby(own["group"].map(pd.qcut(people["Outstanding Debt"], BANDS, labels=False)))
-        edges = people["Annual Income"].quantile(GRID[4:-1:4])
-        spending = own.groupby(np.searchsorted(edges, own["Annual Income"]))["Payment Behaviour"]
+        income = slice_means(people.reset_index(), "Annual Income")
+        edges = [(income[i - 1] + income[i]) / 2 for i in range(4, SLICES, 4)]  # between fifths of the customers
+        spending = own.groupby(np.searchsorted(edges, own["Annual Income"]))
         classes[label] = {
             "customers": len(people),
             "rows": len(own),
-            "months": shares(months),
+            "months": shares(months.reset_index(name="months"), "months"),
             "birthday": round(float((customers["Age"].nunique()[months > 1] > 1).mean()), 3),
-            "occupation": shares(people["Occupation"]),
+            "occupation": shares(people.reset_index(), "Occupation"),
             "income_edges": rounded(edges),
-            "payment_behaviour": [shares(words) for _, words in spending],
-            "quantiles": [{n: rounded(band[n].quantile(GRID)) for n in NUMBERS} for _, band in bands],
+            "payment_behaviour": [shares(part, "Payment Behaviour") for _, part in spending],
+            "slice_means": [{n: rounded(slice_means(band, n)) for n in NUMBERS} for _, band in bands],
             "rank_correlation": [band[NUMBERS].corr("spearman").values.round(2).tolist() for _, band in bands],
         }
     write_json(Path(outdir) / PROFILE.name, {"note": NOTE, "classes": classes})
     print(f"wrote {Path(outdir) / PROFILE.name}: {len(rows)} rows, {d['group'].nunique()} customers")
 
 
-def shares(values):
-    return {str(k): round(v, 4) for k, v in values.value_counts(normalize=True).sort_index().items()}
+def shares(d: pd.DataFrame, column: str) -> dict[str, float]:
+    """{value: share} of a column. Error: UserError for a value of fewer than FEWEST customers."""
+    for value, customers in d.groupby(column)["group"].nunique().items():
+        expect_many(customers, f"{column} {value}")
+    return {str(k): round(v, 4) for k, v in d[column].value_counts(normalize=True).sort_index().items()}
 
 
-def rounded(values):
-    """To three digits: a quantile is then no longer one customer's own value."""
+def slice_means(d: pd.DataFrame, column: str) -> list[float]:
+    """Means of SLICES slices of a column, cut by rank. Error: UserError for a slice of fewer than FEWEST customers."""
+    parts = np.array_split(np.argsort(d[column].to_numpy(), kind="stable"), SLICES)
+    for part in parts:
+        expect_many(d["group"].iloc[part].nunique(), f"a slice of {column}")
+    return [float(d[column].iloc[part].mean()) for part in parts]
+
+
+def expect_many(customers: int, what: str) -> None:
+    if customers < FEWEST:
+        raise UserError(f"--profile: {what} covers {customers} customers; expected at least {FEWEST}")
+
+
+def rounded(values: list[float]) -> list[float]:
+    """To three significant digits."""
     return [float(f"{v:.3g}") for v in values]
 
 
@@ -93,13 +116,19 @@ def synthetic_months(group, label, c, rng):
     u = norm.cdf(np.einsum("nij,nj->ni", factor[band[who]], z))
     d = pd.DataFrame({"group": group[who], "answer": label, "Occupation": draw_words(rng, [c["occupation"]], one)[who]})
     for i, name in enumerate(NUMBERS):
-        grids = [q[name] for q in c["quantiles"]]
-        d[name] = [np.interp(u[j, i], GRID, grids[band[w]]) for j, w in enumerate(who)]
+        curves = [with_tails(means[name]) for means in c["slice_means"]]
+        drawn = np.array([np.interp(u[j, i], GRID, curves[band[w]]) for j, w in enumerate(who)])
+        d[name] = drawn.clip(*PLAUSIBLE[name])
     turn = np.where(rng.random(len(group)) < c["birthday"], rng.integers(1, np.maximum(months, 2)), months.max())
     d["Age"] = d["Age"].round() + (d.groupby("group").cumcount() >= turn[who])
     income_band = np.searchsorted(c["income_edges"], d["Annual Income"])
     d["Payment Behaviour"] = draw_words(rng, c["payment_behaviour"], income_band)
     return d
+
+
+def with_tails(means: list[float]) -> list[float]:
+    """Values at GRID: the means at the middle of their slices, and a straight line on to both ends."""
+    return [1.5 * means[0] - 0.5 * means[1], *means, 1.5 * means[-1] - 0.5 * means[-2]]
 
 
 def draw_words(rng, tables, which):
