@@ -376,8 +376,7 @@ def test_a_short_row_is_in_the_pass_after_the_running_one_whatever_the_list_that
     engine._take([row(i, 500) for i in range(62)])
     assert [r.number for r in engine._collect()] == [0, 1, 2, 3]
     engine._take([row(100, 60)])
-    batch = engine._collect()
-    assert batch[0].number == 100 and len(batch) * max(len(r.ids) for r in batch) <= 2048
+    assert [r.number for r in engine._collect()] == [100]  # without long rows, which would make its pass a long one
     engine._take([row(200 + i, 500) for i in range(62)])
     passes = [[r.number // 100 for r in engine._collect()] for _ in range(4)]
     assert all({0, 2} <= set(own) for own in passes[1:])  # two lists share each pass

@@ -157,12 +157,16 @@ class Engine:
             self._reload = item
 
     def _choose(self) -> list[Row]:
-        """The first row and, while they fit, those nearest to it in length, since padding is computed too."""
+        """The first row and, while they fit, those nearest to it in length, since padding is computed too.
+
+        A row of more than twice its length waits: a short row's pass is a short one.
+        """
         batch, longest = [], 0
         first = self._waiting[: self.window]  # later rows do not overtake these
         for row in sorted(first, key=lambda row: abs(len(row.ids) - len(first[0].ids))):
             width = max(longest, len(row.ids))
-            if len(batch) < MAX_ROWS and (not batch or (len(batch) + 1) * width <= self.budget):
+            fits = (len(batch) + 1) * width <= self.budget and len(row.ids) <= 2 * len(first[0].ids)
+            if len(batch) < MAX_ROWS and (not batch or fits):
                 batch.append(row)
                 longest = width
         return batch
