@@ -289,6 +289,7 @@ def rewrite(folder, fields, weights=None):
     [
         ({"DEADLINE": "soon"}, "environment: DEADLINE: expected a number above 0, got 'soon'"),
         ({"TASK": "nowhere.json"}, "nowhere.json: no such file"),
+        ({"PRECISION": "int8"}, "environment: PRECISION: expected one of auto, nf4, bf16, fp32, got 'int8'"),
         ({"BASE_MODEL": "no/such-model"}, "no/such-model: neither a model folder nor"),
     ],
 )
