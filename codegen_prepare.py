@@ -23,7 +23,7 @@ from distill.tasks.codegen_sandbox import TIMEOUT, describe_isolation, run_many
 from distill.tasks.codegen_tasks import code_prompt, humaneval, parse_tests, plan_prompt, read_tasks
 
 WORDS, TOKENS = 4, 6  # n-gram lengths of descriptions and of code
-OVERLAP, SHARED = 0.4, 5  # a near-duplicate shares this part of the shorter side's n-grams, and at least so many
+OVERLAP, SHARED = 0.4, 5  # a near-duplicate shares this part of the shorter side's n-grams, and at least SHARED of them
 TRIES = 4  # mutants tried for each rejected answer wanted
 
 

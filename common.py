@@ -1,6 +1,6 @@
-"""What every stage shares: the task, the split, the prompt, the loader, the label scorer, calibration.
+"""What every stage shares: task, split, prompts, model loading, label scorer, calibration.
 
-Nothing here is run by itself; `python sft_train.py --help` and the README show the stages.
+This is not a script; the README lists the stages.
 """
 
 import logging
@@ -20,13 +20,13 @@ from distill.model.hub import adapter_base, base_config, base_mismatches, base_r
 from distill.model.label_forward import LabelForward, batches, shared_prefix, token_budget
 from distill.model.label_trie import LabelTrie
 
-# transformers warns of what it does itself
+# transformers triggers this warning itself
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-# PEFT looks on the hub for a student that came as a package or a folder, and says that it is not there
+# PEFT looks on the hub for a student that came as a package or a folder, and warns that it is missing
 warnings.filterwarnings("ignore", message="Unable to fetch remote file|Could not find a config file in")
 # bitsandbytes asks for a package that would fetch its CPU kernel from the hub
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-VAL_FRAC = 0.35  # of the customers: leaves 1,500 held-out rows in the smallest class of the public data
+VAL_FRAC = 0.35  # share of customers held out: 1,500 rows in the smallest class of the public data
 SEED = 42
 
 
@@ -38,8 +38,8 @@ SEED = 42
 class Task:
     """A label task as data (data/creditmix_task.json); it travels with the adapter as task.json.
 
-    template: the whole user message, with {input} where the row's text goes. Keep what is constant in front of it:
-              the scorer computes that head once.
+    template: the whole user message, with {input} where the row's text goes. Put the constant text before it:
+              the scorer computes that prefix once.
     null_inputs: content-free inputs whose mean score is the model's prior (Zhao et al. 2021).
     """
 
@@ -76,7 +76,7 @@ class Task:
         write_json(path, asdict(self))
 
     def prompt(self, text):
-        """The user message for one input. The one place where it is built."""
+        """The user message for one input. Nothing else builds it."""
         return self.template.replace("{input}", text)
 
     def null_prompts(self):
@@ -84,9 +84,9 @@ class Task:
 
 
 def label_classes(path, rows, field, task, unknown=()):
-    """Class numbers [N] of rows[field] in the task's order, -1 where it is one of the values `unknown`.
+    """Class numbers [N] of rows[field] in the task's order, -1 for values in `unknown`.
 
-    Error: UserError naming the row whose value is no label.
+    Error: UserError naming the row whose value is not a label.
     """
     import numpy as np
 
@@ -99,7 +99,7 @@ def label_classes(path, rows, field, task, unknown=()):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The split: by customer, the same in every stage, with no state but file and seed
+# The split: by customer, the same in every stage, determined by the file and the seed alone
 
 
 def unit_hash(seed, key):
@@ -113,30 +113,31 @@ def prompt_of(row):
 
 
 def row_hash(prompt):
-    """What a training run records of a row, and what an evaluation compares."""
+    """A hash that a training run records for each row and an evaluation checks its own rows against."""
     return sha256(prompt)[:16]
 
 
 def group_hash(group):
-    """What prepared rows carry of their customer: enough to keep one together, not who it is."""
+    """The customer's hash in prepared rows: it keeps a customer's rows together without saying who it is."""
     return sha256(group)[:12]
 
 
 def holdout(rows, seed=SEED, frac=VAL_FRAC, start=0.0):
     """Split rows (dicts with a "group") into (training, held out) so that no group is on both sides.
 
-    Held out are the groups whose hash lies in [start, start + frac). A smaller `frac` holds out a subset of what a
-    larger one does, so it is safe to evaluate on less than was held out. Starts 0 and 0.5 with frac 0.5 are two halves.
+    Held out are the groups whose hash lies in [start, start + frac). A smaller `frac` holds out a subset of
+    what a larger one does, so evaluating on fewer rows than were held out is safe. With frac 0.5, start 0 and start 0.5
+    give the two halves.
     """
     held = [start <= unit_hash(f"holdout:{seed}", r["group"]) < start + frac for r in rows]
     return [r for r, h in zip(rows, held, strict=True) if not h], [r for r, h in zip(rows, held, strict=True) if h]
 
 
 def dev_split(rows, seed=SEED, frac=0.1, limit=None):
-    """Split training rows into (train, development) by their "group", else by their prompt: answers play no part.
+    """Split training rows into (train, development) by their "group", else by prompt; answers play no part.
 
     Development rows belong to training: they choose the checkpoint and fit the calibration.
-    limit: keep so many development rows, the same ones for the same seed, in an order that the seed determines.
+    limit: keep at most this many development rows; the seed determines which ones, and their order.
     """
     dev = [unit_hash(f"dev:{seed}", r.get("group") or prompt_of(r)) < frac for r in rows]
     train, own = ([r for r, d in zip(rows, dev, strict=True) if d == side] for side in (False, True))
@@ -156,9 +157,9 @@ def prompt_ids(tokenizer, prompts):
 def completion_ids(tokenizer, prompts, answers, begins=None):
     """Token ids of each answer after its prompt, the end of the turn included: list[str] x 2 -> list[list[int]].
 
-    begins: prompt_ids(tokenizer, prompts), where they are known.
-    Errors: UserError where prompt and answer do not meet at a token boundary, since what is trained would then not be
-    what is scored, and for an answer that contains the end of a turn, since what follows it would never be learned.
+    begins: prompt_ids(tokenizer, prompts), if already computed.
+    Errors: UserError if prompt and answer do not meet at a token boundary, since training and scoring would then see
+    different tokens, and for an answer that contains the end of a turn, since what follows it would never be learned.
     """
     whole = [chat_text(tokenizer, p, a) for p, a in zip(prompts, answers, strict=True)]
     whole = tokenizer(whole, add_special_tokens=False)["input_ids"] if whole else []
@@ -183,9 +184,9 @@ def completion_ids(tokenizer, prompts, answers, begins=None):
 
 
 def load_base(name: str | Path, precision: str = "auto", base: tuple | None = None, offload_folder: str | None = None):
-    """(model, tokenizer) of a hub id, a local folder or the embedded student, in eval mode.
+    """(model, tokenizer) from a hub id, a local folder or the embedded student, in eval mode.
 
-    Attention goes through sdpa, transformers' default, where the architecture has it.
+    Attention uses sdpa, transformers' default, where the architecture supports it.
 
     precision: auto, nf4 (QLoRA: double quantisation, bf16 compute), bf16 or fp32. base: base_config(name), if known.
     offload_folder: layers that do not fit the GPU wait in RAM, then in this folder, in 16 bits, since bitsandbytes
@@ -218,7 +219,7 @@ def load_base(name: str | Path, precision: str = "auto", base: tuple | None = No
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
     if precision == "nf4" and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        # only numbers of one type can be cut in parts together
+        # FSDP shards only parameters of one dtype together
         kwargs["quantization_config"].bnb_4bit_quant_storage = torch.bfloat16
     kwargs["device_map"] = {"": device()}
     if offload_folder:
@@ -235,9 +236,9 @@ def load_base(name: str | Path, precision: str = "auto", base: tuple | None = No
 
 
 def load_model(name_or_dir: str | Path, precision: str = "auto", max_vram_gb: float | None = None):
-    """(model, tokenizer) for inference, of a hub id, local folder, the embedded student, or an adapter on its base.
+    """(model, tokenizer) for inference, from a hub id, local folder, the embedded student, or an adapter and its base.
 
-    precision: as load_base. max_vram_gb: GiB that torch may reserve on the GPU; by default all, less under WSL2.
+    precision: as load_base. max_vram_gb: GiB that torch may reserve on the GPU; by default all, or less under WSL2.
     """
     from distill.model.fused_lora import fuse_norms
 
@@ -254,7 +255,7 @@ def load_model(name_or_dir: str | Path, precision: str = "auto", max_vram_gb: fl
 
 
 def add_adapter(model, folder: str | Path, name: str = "default", trainable: bool = False):
-    """The base model with one more adapter from `folder`; UserError when it does not fit or did not load."""
+    """The base model with one more adapter from `folder`; UserError if it does not fit or load."""
     from peft import PeftModel
     from safetensors.torch import load_file
 
@@ -262,20 +263,20 @@ def add_adapter(model, folder: str | Path, name: str = "default", trainable: boo
         if isinstance(model, PeftModel):
             model.load_adapter(folder, adapter_name=name)
         else:
-            base, places = model, model.__dict__.pop("hf_device_map", None)  # by it PEFT would move offloaded layers
+            base, places = model, model.__dict__.pop("hf_device_map", None)  # PEFT would move offloaded layers by it
             model = PeftModel.from_pretrained(base, folder, adapter_name=name, is_trainable=trainable)
             model.precision, model.base_record = base.precision, base.base_record
             if places:
                 base.hf_device_map = places
         if any(p.is_meta for p in model.parameters()):
-            # PEFT puts an adapter where its layer's weights are, on no device; it belongs where the layer is computed
+            # PEFT puts an adapter on its layer's device, here meta; it belongs on the device that computes the layer
             weights = load_file(Path(folder) / "adapter_model.safetensors", str(device()))
             state = {re.sub(r"(lora_[AB])\.weight$", rf"\1.{name}.weight", k): v.float() for k, v in weights.items()}
             model.load_state_dict(state, strict=False, assign=True)
     except (RuntimeError, ValueError, TypeError, LookupError, SafetensorError) as e:
         reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
         raise UserError(f"{folder}: does not load on {model.config.name_or_path}: {reason}") from None
-    # PEFT leaves what it did not find at its initial zero, and the base model would answer (peft#2699)
+    # PEFT leaves a missing matrix at its initial zero, so the base model alone would answer (peft#2699)
     zero = [n for n, p in model.named_parameters() if f"lora_B.{name}." in n and not p.any()]
     if zero:
         raise UserError(f"{folder}: {len(zero)} matrices are missing or zero on this base, for example {zero[0]}")
@@ -287,9 +288,9 @@ def add_adapter(model, folder: str | Path, name: str = "default", trainable: boo
 
 
 def label_trie(tokenizer, labels, prompt="x"):
-    """The trie of the labels as they stand behind a prompt (LabelTrie).
+    """The LabelTrie of the labels, tokenized as they follow a prompt.
 
-    Where one label's tokens begin another's, the end of the turn is scored too, for all of them.
+    If one label's tokens are a prefix of another's, the end of the turn is scored too, for all labels.
     """
     ids = completion_ids(tokenizer, [prompt] * len(labels), list(labels))
     bare = [i[:-1] for i in ids]
@@ -319,7 +320,7 @@ class LabelScorer:
         return self.score_ids(prompt_ids(self.tokenizer, prompts), adapters, progress)
 
     def score_ids(self, ids, adapters=None, progress=False):
-        """Like `score`, from the token ids that `prompt_ids` makes of the messages."""
+        """Like `score`, from token ids (prompt_ids) in place of messages."""
         import numpy as np
         from tqdm import tqdm
 
@@ -337,7 +338,7 @@ class LabelScorer:
         return out
 
     def prior(self, task):
-        """The model's leaning without content, float array [L]: the mean score of the task's content-free prompts."""
+        """The model's bias without content, float array [L]: the mean score of the task's content-free prompts."""
         return self.score(task.null_prompts()).mean(0)
 
 

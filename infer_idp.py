@@ -7,8 +7,8 @@ On a CPU, with the embedded student untrained:
 
     python infer_idp.py --model_dir smollm2-135m --schema data/sroie_schema.json --document "ACME LTD  TOTAL 5.00"
 
-A result is printed only after Draft202012Validator, formats included, has passed it. A document longer than the model's
-context is read in overlapping pieces; distill/tasks/idp_documents.py says how their results become one.
+A result is printed only after it has passed Draft202012Validator, formats included. A document longer than the model's
+context is read in overlapping pieces, whose results are merged (distill/tasks/idp_documents.py).
 """
 
 import argparse
@@ -25,7 +25,7 @@ from distill.tasks.idp_decode import Constraint, Vocabulary
 from distill.tasks.idp_documents import check_document, extract
 from distill.tasks.idp_schema import check_schema, compact
 
-BATCHES = 4  # between two writes of the results: what a stopped run may lose
+BATCHES = 4  # batches per write of the results; a stopped run loses at most these
 
 
 def main(args):
@@ -51,7 +51,7 @@ def main(args):
 
 
 def read_documents(document: str | None, data: Path | None, out: Path | None) -> list[str]:
-    """The documents of --document (a text, or - for standard input) or --data (.jsonl, else a text file)."""
+    """The documents from --document (text, or - for standard input) or --data (.jsonl rows, or else one text file)."""
     if document == "-":
         try:
             return [check_document(sys.stdin.buffer.read().decode("utf-8-sig"), "standard input")]
@@ -70,7 +70,7 @@ def read_documents(document: str | None, data: Path | None, out: Path | None) ->
 
 
 def result_keys(model_dir: str, schema, max_new_tokens: int, documents: list[str]) -> list[str]:
-    """What identifies each result: model (with an adapter's weights), schema, budget and document."""
+    """A hash for each result of all that determines it: model, adapter weights, schema, token budget, document."""
     about = [model_dir, adapter_sha256(model_dir), schema, max_new_tokens]
     return [row_hash(compact([*about, d])) for d in documents]
 
@@ -86,15 +86,15 @@ def write_results(
     batch_size: int,
     out: Path,
 ) -> None:
-    """Write one result per line to `out`; a stopped run continues after what it finished, in <out>.part.
+    """Write one result per line to `out`; a stopped run resumes from the finished results in <out>.part.
 
-    Error: UserError after the last document where one or more have an "error" in place of an "output". That is final: a
-    continued run does not try them again.
+    Error: UserError, after the last document, if any has an "error" in place of an "output". Errors are final: a
+    resumed run does not try those documents again.
     """
     part = ResumableJsonl(out.with_name(out.name + ".part"))
     done = part.rows
     if [r.get("key") for r in done] != keys[: len(done)]:
-        part.truncate(0)  # of another model, schema or input
+        part.truncate(0)  # results of another model, schema or input
     step = batch_size * BATCHES
     for at in tqdm(range(len(done), len(documents), step), desc="documents", unit=f"{step}"):
         batch = documents[at : at + step]
@@ -119,11 +119,13 @@ if __name__ == "__main__":
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--document", help="the document's text, or - for standard input")
     source.add_argument("--data", "--input", type=Path, help='a text file, or .jsonl with rows {"document"} and --out')
-    p.add_argument("--out", "--output", type=Path, help="results of a .jsonl; a stopped run continues (default: print)")
-    p.add_argument("--max_new_tokens", type=int, default=512, help="tokens of one answer; it always ends (default 512)")
     p.add_argument(
-        "--batch_size", type=positive(int), default=8, help="documents at once (default 8): memory against time"
+        "--out", "--output", type=Path, help="results of a .jsonl; a stopped run is resumed (default: print)"
+    )
+    p.add_argument("--max_new_tokens", type=int, default=512, help="token budget of an answer (default 512)")
+    p.add_argument(
+        "--batch_size", type=positive(int), default=8, help="documents per batch (default 8): memory against time"
     )
     p.add_argument("--precision", choices=["auto", "nf4", "bf16", "fp32"], default="auto", help="of the base model")
-    p.add_argument("--lenient", action="store_true", help="accept keywords that cannot be enforced: validate and retry")
+    p.add_argument("--lenient", action="store_true", help="accept keywords that cannot be enforced; validate, retry")
     cli(main, p)

@@ -1,20 +1,20 @@
-"""Serve a label task over HTTP: base, SFT, KD and DPO on one base model in memory, batched, with a page to look at.
+"""Serve a label task over HTTP: base, SFT, KD and DPO on one base model in memory, batched, with a web page.
 
     python serve_creditmix.py                            Qwen2.5-3B with runs/creditmix_{sft,kd,dpo}, 127.0.0.1:8000
     BASE_MODEL=smollm2-135m python serve_creditmix.py    CPU: the embedded student with runs/smollm2_{sft,kd,dpo}
-    uvicorn serve_creditmix:app                          the same app under any ASGI server (one worker a base model)
-    python serve_creditmix.py --replicas 2               Ray Serve (requirements-ray.txt), one base model a replica
+    uvicorn serve_creditmix:app                          the same app under any ASGI server (one base model per worker)
+    python serve_creditmix.py --replicas 2               Ray Serve (requirements-ray.txt), one base model per replica
 
     curl -X POST localhost:8000/infer/sft -H 'Content-Type: application/json' -d '{"features": "Age: 23.0, ..."}'
 
-Environment: BASE_MODEL; SFT_DIR, KD_DIR, DPO_DIR; TASK (data/creditmix_task.json); HOST, PORT; API_KEY (then /infer and
-/admin ask for the header X-API-Key); DEADLINE (30 seconds per request); MAX_QUEUE (512 rows); MAX_ROW_TOKENS (of a row
-with its prompt: four times the 99th percentile of the training rows, 1024 where that is unknown); MAX_VRAM_GB (the
-GPU's, less 0.8 under WSL2); PRECISION (auto, nf4, bf16, fp32); OFFLOAD_FOLDER (where layers wait that fit neither the
-GPU, in 4 bits, nor RAM).
+Environment: BASE_MODEL; SFT_DIR, KD_DIR, DPO_DIR; TASK (data/creditmix_task.json); HOST, PORT; API_KEY (/infer and
+/admin then require the header X-API-Key); DEADLINE (30 seconds per request); MAX_QUEUE (512 rows); MAX_ROW_TOKENS (of
+a row with its prompt: four times the 99th percentile of the training rows, or 1024 if that is unknown); MAX_VRAM_GB
+(the GPU's, less 0.8 under WSL2); PRECISION (auto, nf4, bf16, fp32); OFFLOAD_FOLDER (for layers that fit neither on the
+GPU, in 4 bits, nor in RAM).
 
-This process speaks HTTP and bounds the queue. Another one owns the models and answers rows of all four in one forward
-pass (distill/serve/engine.py). Nothing is kept on disk.
+This process speaks HTTP and bounds the queue. A second process owns the models and scores rows of all four in one
+forward pass (distill/serve/engine.py). Nothing is kept on disk.
 """
 
 import argparse
@@ -65,10 +65,10 @@ async def lifespan(app):
     await engine.start()
     running = asyncio.create_task(engine.run())
     on_ray = getattr(app.state, "on_ray", False)
-    while on_ray and engine.state == "loading":  # Ray sends requests to a replica that has started
+    while on_ray and engine.state == "loading":  # Ray sends requests as soon as a replica has started
         await asyncio.sleep(0.1)
     warning = asyncio.create_task(warn_if_exposed()) if not (engine.settings.api_key or on_ray) else None
-    yield  # until every accepted request is answered
+    yield  # returns once every accepted request is answered
     if warning:
         warning.cancel()
     await engine.stop()
@@ -78,7 +78,7 @@ async def lifespan(app):
 app = FastAPI(
     description="Label models with calibrated scores. Probabilities mean something only for a fitted model (/readyz).",
     lifespan=lifespan,
-    docs_url=None,  # these pages would load scripts from elsewhere; ours is below
+    docs_url=None,  # FastAPI's own pages load scripts from elsewhere; ours is below
     redoc_url=None,
 )
 app.add_middleware(RequestLimits)
@@ -87,7 +87,7 @@ app.openapi = lambda: openapi(app)
 
 @app.exception_handler(RequestValidationError)
 async def invalid(request: Request, error: RequestValidationError) -> Response:
-    """422 without an echo of what was sent: it is personal, and JSON cannot carry all of it (NaN, lone surrogates)."""
+    """422 without echoing the input: it is personal, and JSON cannot represent all of it (NaN, lone surrogates)."""
     detail = [{"loc": e["loc"], "msg": e["msg"], "type": e["type"]} for e in error.errors()]
     return Response(json.dumps({"detail": detail}), 422, media_type="application/json")
 
@@ -95,14 +95,14 @@ async def invalid(request: Request, error: RequestValidationError) -> Response:
 async def check_key(
     request: Request, key: Annotated[str | None, Depends(APIKeyHeader(name="X-API-Key", auto_error=False))]
 ):
-    """401 unless the request has the key that API_KEY asks for; compared in constant time."""
+    """401 if API_KEY is set and the request does not carry it. The comparison takes constant time."""
     expected = request.app.state.engine.settings.api_key
     if expected and not hmac.compare_digest(sha256(key or ""), sha256(expected)):
         raise HTTPException(401, "header X-API-Key: missing or wrong", {"WWW-Authenticate": "X-API-Key"})
 
 
 async def check_operator(request: Request, _: Annotated[None, Depends(check_key)]):
-    """403 where the server asks for no key: then everyone would be an operator."""
+    """403 if the server has no API_KEY: otherwise anyone could operate it."""
     if not request.app.state.engine.settings.api_key:
         raise HTTPException(403, "expected a server that was started with API_KEY")
 
@@ -149,12 +149,12 @@ PROBLEMS = {code: {"model": Problem, "description": reason} for code, reason in 
 
 
 async def classify(request: Request, model: str, texts: list[str]) -> list[dict]:
-    """The answers to one request's rows, in order. Rows that nobody waits for any more are cancelled."""
+    """The answers to one request's rows, in order. Rows that no client waits for any more are cancelled."""
     engine = request.app.state.engine
     request.state.rows = len(texts)
     admitted = engine.admit(model, texts)
     rows = asyncio.gather(*admitted.values())
-    left = asyncio.ensure_future(request.receive())  # the body is read: the next message says that the client left
+    left = asyncio.ensure_future(request.receive())  # the body has been read, so the next message is the disconnect
     try:
         seconds = max(0, request.scope["deadline"] - time.monotonic())
         done, _ = await asyncio.wait({rows, left}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
@@ -182,7 +182,7 @@ async def infer(model: Literal[MODELS], question: Question, request: Request) ->
 
 @app.post("/infer/{model}/batch", dependencies=[Depends(check_key)], responses=PROBLEMS)
 async def infer_list(model: Literal[MODELS], questions: Questions, request: Request) -> list[Answer]:
-    """Classify a list of rows; the answers come in its order."""
+    """Classify a list of rows; answers come in the same order."""
     return await classify(request, model, questions.features)
 
 
@@ -190,7 +190,7 @@ async def infer_list(model: Literal[MODELS], questions: Questions, request: Requ
     "/admin/reload", dependencies=[Depends(check_operator)], responses=PROBLEMS | {403: {}, 409: {"model": Problem}}
 )
 async def reload(adapter: Adapter, request: Request) -> dict[str, str]:
-    """Take a retrained adapter from its folder. Where it does not load, 409 says why and the one before stays."""
+    """Reload a retrained adapter from its folder. If that fails, 409 says why and the previous adapter stays in use."""
     engine = request.app.state.engine
     engine.check("base")
     if why := await engine.reload(adapter.model):
@@ -202,13 +202,13 @@ async def reload(adapter: Adapter, request: Request) -> dict[str, str]:
 
 @app.get("/healthz")
 async def healthz() -> dict[str, str]:
-    """The process answers; whether the model does is /readyz."""
+    """The process is alive; /readyz says whether the models can answer."""
     return {"status": "alive"}
 
 
 @app.get("/readyz", responses={503: {"description": "loading, stopped, or the base model did not load"}})
 async def readyz(request: Request):
-    """The state of the base and of each model; 200 once the base can answer, priors and fits included."""
+    """The state of the base and of each model; 200 once the base can answer with calibrated scores."""
     engine = request.app.state.engine
     task = engine.settings.task
     report = {"status": engine.state, "detail": engine.failure, "base_model": engine.settings.base}
@@ -220,7 +220,7 @@ async def readyz(request: Request):
 
 @app.get("/metrics", response_class=Response)
 async def metrics():
-    """For Prometheus: figures, no text of a request."""
+    """Metrics for Prometheus; they hold no text of any request."""
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
 
@@ -237,7 +237,7 @@ async def docs():
 
 
 def html(name: str) -> HTMLResponse:
-    """A page in one file; the policy forbids loading anything from elsewhere."""
+    """A self-contained page; its policy forbids loading anything from elsewhere."""
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
     text = (ROOT / "data" / name).read_text(encoding="utf-8")
     return HTMLResponse(text, headers={"Content-Security-Policy": policy})
@@ -248,7 +248,7 @@ def html(name: str) -> HTMLResponse:
 
 
 def app_of_replica():
-    """The app, built in each Ray replica: it cannot be sent there, since its metrics hold locks."""
+    """The app, imported in each Ray replica: it cannot be pickled, since its metrics hold locks."""
     from serve_creditmix import app
 
     app.state.on_ray = True
@@ -260,7 +260,7 @@ def serve_on_ray(host: str, port: int, replicas: int, gpus: float):
     import ray
     from ray import serve
 
-    # on the cluster that RAY_ADDRESS names, else on this machine
+    # on the cluster at RAY_ADDRESS if set, else on this machine
     ray.init(include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
     serve.start(http_options={"host": host, "port": port})
 
@@ -277,7 +277,7 @@ def serve_on_ray(host: str, port: int, replicas: int, gpus: float):
 def main(args):
     if args.precision:
         os.environ["PRECISION"] = args.precision
-    settings = Settings.from_environment()  # errors before anything starts
+    settings = Settings.from_environment()  # reports errors before anything starts
     if args.replicas:
         if args.host not in LOOPBACK and not settings.api_key:
             print(f"warning: listening on {args.host} without API_KEY: anyone who reaches it may ask", file=sys.stderr)
@@ -296,7 +296,7 @@ if __name__ == "__main__":
     p.add_argument("--host", default=os.environ.get("HOST", "127.0.0.1"), help="address (default: HOST or 127.0.0.1)")
     p.add_argument("--port", type=int, default=os.environ.get("PORT", "8000"), help="port (default: PORT or 8000)")
     p.add_argument("--precision", choices=PRECISIONS, help="of the base model (default: PRECISION or auto)")
-    p.add_argument("--replicas", type=int, help="run so many under Ray Serve (requirements-ray.txt); default: no Ray")
+    p.add_argument("--replicas", type=int, help="replicas under Ray Serve (requirements-ray.txt); default: no Ray")
     p.add_argument(
         "--gpus", type=float, default=0, help="a replica's share of GPUs under Ray, such as 0.5 (default: 0)"
     )

@@ -39,14 +39,14 @@ def main(args):
         inputs={"task": task_path},
     )
 
-    # Token ids, by the prompt builder that inference uses.
+    # Token ids, from the same prompt builder as in inference.
     base = base_config(args.student)
     _, config, tokenizer = base
     train, dropped = encode(tokenizer, train, args.max_len, "input", "output")
     dev, dropped_dev = encode(tokenizer, dev, args.max_len, "input", "output")
     record = describe(tokenizer, train, dropped, dropped_dev)
 
-    # The student. start_run is the first to write into the folder.
+    # The student. Nothing is written into the folder before start_run.
     start_run(run)
     micro_batch = plan_micro_batch(
         train,
@@ -60,7 +60,7 @@ def main(args):
     )
     model, tokenizer = load_student(args.student, args.precision, base)
 
-    # TRL's trainer, with what StudentTrainer adds. These imports take seconds, so bad rows are reported before.
+    # TRL's trainer, extended by StudentTrainer. Imported late: it takes seconds, and bad rows are reported sooner.
     from trl import SFTConfig, SFTTrainer
 
     from distill.train.trainer import StudentTrainer
@@ -79,11 +79,11 @@ def main(args):
             learning_rate=args.lr,
             eval_steps=args.eval_steps,
             evaluate=bool(dev),
-            best_metric="eval_label_log_loss" if task else "eval_loss",  # what inference ranks by
+            best_metric="eval_label_log_loss" if task else "eval_loss",  # from the scores that inference ranks by
             precision=model.precision,
             seed=args.seed,
         ),
-        max_length=None,  # encode() has dropped what is too long
+        max_length=None,  # encode() has dropped rows that are too long
         shuffle_dataset=False,  # the sampler shuffles
     )
     trainer = Trainer(

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent  # of the project
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is one line: file, line, field, what was expected."""
+    """An error that the user can fix. The message is one line: file, line, field, what was expected."""
 
 
 def one_line(error):
@@ -25,7 +25,7 @@ def one_line(error):
 
 
 def cli(main, parser):
-    """Run `main` with the command line's arguments: what the user can mend is one line and exit code 2.
+    """Run `main` with the command line's arguments: an error that the user can fix is one line and exit code 2.
 
     That is a UserError, an operating-system error, or a flag that `parser` refuses; a flag must be written out, or
     --mode would be taken for --model_dir. Of several processes (`accelerate launch`) the first one alone prints what

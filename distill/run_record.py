@@ -1,4 +1,4 @@
-"""What a run leaves to be repeated: command, resolved arguments, versions, commit, machine, time."""
+"""What it takes to repeat a run: command, resolved arguments, versions, commit, machine, time."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ from distill.files import ROOT
 
 
 def run_record(args):
-    """What a run should leave behind to be repeated: command, resolved arguments, versions, commit, machine, time.
+    """What it takes to repeat a run: command, resolved arguments, versions, commit, machine, time.
 
     args: the parsed flags, or a dict of their names and values.
     """

@@ -3,7 +3,7 @@
 # evaluated on held-out customers beside base and references.
 #   bash runs/creditmix.sh SRC OUT [SEED ...]     SRC: the Kaggle CSV, or data/creditmix_dataset.json; seeds: 52 to 56
 #   CHOOSE=0 ... takes the recipe as it was chosen. COLUMNS=all ... trains on all columns of the CSV.
-#   JOBS=8 ... runs so many at once on a large GPU; one by one on an 8 GB card.
+#   JOBS=8 ... runs eight jobs at once on a large GPU; the default is one, for an 8 GB card.
 set -euo pipefail
 cd "$(dirname "$0")/.."; source runs/jobs.sh
 src=$1 out=$2; shift 2

@@ -270,7 +270,7 @@ def test_prepare_bad_input(run, jsonl, tmp_path, rows, message):
     assert not list(tmp_path.glob("codegen_*"))
 
 
-def test_a_text_that_is_no_json_is_told_with_its_line(tmp_path):
+def test_a_line_that_is_not_json_is_reported_with_its_number(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps(ADD) + "\nnonsense\n")
     with pytest.raises(UserError, match=r"x\.jsonl:2: not JSON"):

@@ -39,7 +39,7 @@ def processes_with(marker):
 # Verdicts
 
 
-def test_sandbox_level_is_told():
+def test_sandbox_level_is_reported():
     assert describe_isolation().startswith("sandbox: ")
     assert describe_isolation().endswith("rlimits") or "(weak: " in describe_isolation()
 

@@ -224,8 +224,8 @@ def test_trie_scores_by_hand():
 
     trie = LabelTrie([[5], [6, 7]])
     logits = torch.full((1, 2, 10), -1e9)
-    logits[0, 0, 5], logits[0, 0, 6] = math.log(0.25), math.log(0.75)  # behind the prompt
-    logits[0, 1, 7], logits[0, 1, 1] = math.log(0.5), math.log(0.5)  # behind 6
+    logits[0, 0, 5], logits[0, 0, 6] = math.log(0.25), math.log(0.75)  # after the prompt
+    logits[0, 1, 7], logits[0, 1, 1] = math.log(0.5), math.log(0.5)  # after 6
     expected = [math.log(0.25), (math.log(0.75) + math.log(0.5)) / 2]
     assert trie.scores(logits)[0].tolist() == pytest.approx(expected, abs=1e-6)
 

@@ -201,7 +201,7 @@ def test_a_model_that_saw_the_rows_is_refused(run, tiny_adapter, raw, tmp_path):
     assert done.returncode == 2 and "no development row that it was not trained on" in done.stderr
 
 
-def test_a_model_that_cannot_be_is_told_before_another_is_scored(run, tiny, tiny_adapter, raw, tmp_path):
+def test_a_bad_model_is_reported_before_another_is_scored(run, tiny, tiny_adapter, raw, tmp_path):
     from safetensors.torch import load_file, save_file
 
     broken = tmp_path / "broken"

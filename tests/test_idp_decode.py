@@ -241,7 +241,7 @@ def test_lists_that_pieces_made_too_long():
 
 
 def test_a_long_document_keeps_to_max_items_or_is_an_error(tiny, monkeypatch, capsys):
-    """Two pieces with lists that do not meet: cut with a warning; a rule that no cutting mends is an error."""
+    """Two pieces with lists that do not meet: cut with a warning; a rule that cutting cannot satisfy is an error."""
     model, tokenizer = load_model(tiny)
     pages = iter(range(99))
     monkeypatch.setattr(
@@ -265,7 +265,7 @@ def test_pieces_cover_the_document_and_overlap():
         at = 0
         for piece in pieces:
             start = document.find(piece)
-            assert 0 <= start <= at and start + len(piece) > at  # starts before the last one ended, ends behind it
+            assert 0 <= start <= at and start + len(piece) > at  # starts before the last one ended, ends after it
             at = start + len(piece)
             assert len(tokenizer(piece)["input_ids"]) <= 124
         assert at == len(document) and len(pieces) > 1
@@ -306,7 +306,7 @@ def test_a_stopped_run_goes_on(tiny, jsonl, tmp_path):
     main(args)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [r["line"] for r in rows] == [1, 2, 3] and all(validator(schema).is_valid(r["output"]) for r in rows)
-    # what a run stopped behind its first batch leaves; the first result is marked to see that it is not made again
+    # the file that a run stopped after its first batch leaves; the marked first result must not be made again
     keys = result_keys(str(tiny), schema, 40, documents)
     marked = {"company": "kept", "date": None, "address": None, "total": None}
     jsonl("out.jsonl.part", [{"line": i + 1, "key": keys[i], "output": [marked, rows[1]["output"]][i]} for i in (0, 1)])

@@ -495,7 +495,7 @@ class Instant:
 
 
 def test_idle_time_is_no_time_of_a_row(task):
-    """A lone row whose client left in the middle of a pass leaves a message behind, and then nothing for long."""
+    """A lone row whose client left in the middle of a pass leaves one message, followed by a long silence."""
     engine = engine_with([], task, Instant())
     engine.queue.put({"cancel": [0]})
     engine._answer([row(0, 10)])

@@ -26,7 +26,7 @@ def test_tree_batch_by_hand():
     assert batch["attention_mask"][1, 0].diagonal().all()  # padding sees itself: no row of the softmax is empty
 
 
-def test_tree_batch_behind_a_cached_head():
+def test_tree_batch_after_a_cached_head():
     batch, _ = tree_batch([[([5], -1), ([6], 0)]], pad=0, head=3)
     assert batch["position_ids"].tolist() == [[3, 4]]
     assert batch["attention_mask"][0, 0].int().tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
@@ -41,7 +41,7 @@ def test_radix_holds_common_beginnings_once_and_restores_every_row():
 
 
 def rows_with_a_head(seed, pairs):
-    """Ragged (ids, labels) behind one head; with pairs, two different answers behind each prompt."""
+    """Ragged (ids, labels) after one head; with pairs, two different answers after each prompt."""
     rng = random.Random(seed)
     head, out = [rng.randrange(100) for _ in range(17)], []
     for _ in range(7):

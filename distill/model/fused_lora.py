@@ -2,8 +2,8 @@
 and so is a gated MLP, which keeps nothing of its inner width for the backward pass.
 
 What PEFT computes for a projection, twelve kernels forward with three copies of the output, is three matrix products
-here. The MLP works through its tokens in chunks and computes gate and up again in its backward pass, so that memory a
-token is that of the hidden width. Under activation checkpointing the recomputation then stops in front of the MLP.
+here. The MLP works through its tokens in chunks and computes gate and up again in its backward pass, so that memory per
+token is that of the hidden width. Under activation checkpointing, recomputation then stops before the MLP.
 
 Dropout of the adapter drops whole input features, one draw a micro-batch (Gal and Ghahramani 2016), instead of single
 values: it then is a mask on A and costs nothing a token.
@@ -166,7 +166,7 @@ class LoraLinear(torch.autograd.Function):
 
 
 class Keep(torch.autograd.Function):
-    """Keeps what GatedMlp needs in front of it, so that a checkpoint's recomputation ends before the MLP."""
+    """Saves GatedMlp's inputs ahead of it, so that a checkpoint's recomputation ends before the MLP."""
 
     @staticmethod
     def forward(ctx, kept, *tensors):

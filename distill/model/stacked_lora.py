@@ -2,9 +2,9 @@
 
 PEFT takes a mixed batch apart in every projection, adapter by adapter. On a GPU it is the launching of those kernels,
 not their arithmetic, that sets the pace of a small model. Here all A lie in one matrix [R, in] and all B in another
-[out, R], R being the sum of the ranks, and a mask leaves of x A' what is of the row's own adapter: three kernels behind
-the base's, for any number of adapters. (Punica, arXiv 2310.18547, and S-LoRA, arXiv 2311.03285, gather the matrices
-instead, which pays for hundreds of adapters.)
+[out, R], R being the sum of the ranks, and a mask keeps the part of x A' that belongs to the row's own adapter: three
+kernels after the base's, for any number of adapters. (Punica, arXiv 2310.18547, and S-LoRA, arXiv 2311.03285, gather
+the matrices instead, which pays for hundreds of adapters.)
 """
 
 import contextlib

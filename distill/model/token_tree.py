@@ -1,9 +1,9 @@
-"""Token trees: what several texts have in common is computed once, for scoring and for training.
+"""Token trees: a prefix that several texts share is computed once, for scoring and for training.
 
 A tree is a list of segments (token ids, parent). Packed into one sequence, each token attends to its ancestors only and
-its position is its depth, so that every path gives what the same text gives alone. Labels behind a prompt are such a
-tree (LabelTrie), and so are the rows of a task behind their common head, or chosen and rejected behind their prompt
-(share_prefixes).
+its position is its depth, so that every path gives the same result as its text alone. Labels after a prompt are
+such a tree (LabelTrie), and so are the rows of a task after their common prefix, or chosen and rejected after their
+prompt (share_prefixes).
 """
 
 import numpy as np
@@ -102,7 +102,7 @@ def packed_shape(rows, trained, group=None):
 
 
 def pack_prompts(prompts, trie, pad, group=None):
-    """Prompts that end in the same labels, packed for a training step: heads shared, the label trie behind each.
+    """Prompts that end in the same labels, packed for a training step: prefixes shared, the label trie after each.
 
     prompts: N token id lists -> model inputs with logits_to_keep [B, Q] (bool), and label_logits_at [N, 1 + M]: which
     of the kept logits belong to prompt end and nodes of each prompt (LabelTrie.scores).
@@ -185,7 +185,7 @@ def attention_window(config):
 
 
 def try_tree(model, n=12):
-    """Logits of a text by itself, behind a common head as its sibling, and right behind its sibling (wrong)."""
+    """Logits of a text alone, after a common prefix next to a sibling, and appended to that sibling (wrong)."""
     ids = torch.arange(5, 5 + 3 * n).tolist()
     head, first, second = ids[:n], ids[n : 2 * n], ids[2 * n :]
 

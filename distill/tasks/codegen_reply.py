@@ -78,7 +78,7 @@ class Screen:
     """A terminal: shows the plan word by word, and line by line what extract_code() takes from a reply with fences.
 
     A block is held back until it defines something, since the one that does is the code. The caller prints at the end
-    what is not shown that way (no fence, or no definition).
+    what was not printed this way (no fence, or no definition).
     """
 
     def __init__(self):

@@ -18,7 +18,7 @@ PROFILE = ROOT / "data" / "creditmix_profile.json"
 NUMBERS = ["Age", "Annual Income", "Outstanding Debt", "Credit Utilization Ratio"]
 BANDS, SLICES = 5, 20
 GRID = np.array([0, *(np.arange(SLICES) + 0.5) / SLICES, 1])  # ranks: the middle of each slice, and both ends
-FEWEST = 10  # customers behind any figure of the profile
+FEWEST = 10  # customers per figure of the profile
 NOTE = (
     f"Aggregate figures of the public credit-score data, each over at least {FEWEST} customers and rounded: shares, "
     "correlations, and means of slices by rank. There is no minimum, maximum or quantile: each would be one customer's "

@@ -88,7 +88,7 @@ def regex_receipt(document):
     address = [line for line in rest[:end] if not re.search(r"^\(?[\dA-Z]{6,}-?[A-Z]?\)?$|" + stop, line)]
     day = re.search(r"\b\d{4}[-/.]\d\d[-/.]\d\d\b|\b\d\d?([-/. ])(\d\d?|[A-Za-z]{3})\1(\d{4}|\d\d)\b", document)
     amount, total = r"(\d[\d,]*\.\d\d)\b", None
-    for i, line in enumerate(lines):  # the last line of a total, or the amount on the line behind it
+    for i, line in enumerate(lines):  # the last line of a total, or the amount on the next line
         if re.search(r"TOTAL", line) and not re.search(r"SUB|QTY|ITEM|GST \d|TAX\b|SAVING|DISC", line):
             found = re.findall(amount, line) or re.findall(amount, lines[i + 1] if i + 1 < len(lines) else "")[:1]
             total = found[-1] if found and float(found[-1].replace(",", "")) else total

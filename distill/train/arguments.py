@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, data: str, save_dir: str, 
     add("--save_dir", type=Path, default=Path(save_dir), help="adapter folder (default: %(default)s)")
     add("--task", type=Path, help="label task; default: NAME_task.json beside NAME_sft.jsonl, if there")
     add("--epochs", type=positive(float), default=3, help="passes over the rows (default: %(default)s)")
-    add("--max_steps", type=positive(int), help="stop after so many steps, whatever --epochs says")
+    add("--max_steps", type=positive(int), help="stop after this many steps, whatever --epochs says")
     add("--lr", type=positive(float), default=lr, help="peak learning rate (default: %(default)s)")
     add("--batch_size", type=positive(int), default=16, help="rows per step, over all GPUs (default: 16)")
     add("--micro_batch", type=positive(int), help="rows at once; default: the batch on a GPU, 8 on a CPU")
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, data: str, save_dir: str, 
 
 
 def add_swap_argument(parser: argparse.ArgumentParser) -> None:
-    """Add --swap_augmentation. run.json keeps it as swap_noise, the name of the flag before."""
+    """Add --swap_augmentation. run.json records it as swap_noise, the flag's former name."""
     parser.add_argument(
         "--swap_augmentation",
         "--swap_noise",
@@ -52,7 +52,7 @@ def add_swap_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def passes_over(rows: int, *, epochs: float, max_steps: int | None, batch_size: int) -> int:
-    """How many times a run meets each of its rows, rounded up: as many copies does augmentation make."""
+    """How many times a run meets each of its rows, rounded up: augmentation makes one copy for each."""
     return math.ceil(max_steps * batch_size / rows if max_steps else epochs)
 
 

@@ -225,7 +225,7 @@ def instructions(task: Task) -> str:
 def label_mass(
     positions: list[Position], labels: tuple[str, ...], whole: bool
 ) -> tuple[dict[str, float], dict[tuple[str, ...], float]]:
-    """Probability that a reply begins with each label: ({label: p}, {labels that were not told apart: p}).
+    """Probability that a reply begins with each label: ({label: p}, {labels not distinguished: p}).
 
     The teacher's tokenizer is unknown, so tokens are compared as text. An alternative that only one label begins with
     counts for it. Where several labels begin with it ("Very" of "Very Good" and "Very Bad"), the token that the reply
