@@ -8,12 +8,12 @@ import os
 import re
 import sys
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from distill.files import UserError, check_row, one_line, read_json, sha256, write_json
+from distill.files import UserError, check_row, one_line, parse_json, read_json, sha256, write_json
 from distill.hardware import cap_memory, choose_precision, device, device_key, room, weight_bytes
 from distill.model.chat_template import chat_text, end_of_turn
 from distill.model.hub import adapter_base, base_config, base_mismatches, base_record
@@ -350,26 +350,54 @@ class LabelScorer:
 class Calibration:
     """calibrated = (raw - w * prior + b) / T; unfitted, multi-null calibration as published (arXiv 2511.14385).
 
-    Fitted on development rows (fit_calibration) and kept in calibration.json beside the adapter.
+    Chosen on development rows (distill/calibrate.py) and kept in calibration.json beside the adapter.
     """
 
     w: float = 1.0
-    b: tuple = ()  # one a label, in the task's order; none means 0
+    b: tuple = ()  # one per label, in the task's order; none means 0
     T: float = 1.0
     fitted: bool = False
+    class_shares: tuple = ()  # class mix that it answers for, in the task's order; none means equal shares
+    natural_shares: tuple = ()  # class mix before the training rows were balanced; none means unknown
 
     def __call__(self, raw, prior):
         """Calibrated scores [N, L] from raw [N, L] and prior [L]; their softmax is a probability once T is fitted."""
         return (raw - self.w * prior + (self.b or 0.0)) / self.T
 
+    def for_prior(self, target, task):
+        """The same calibration for another class mix: scores gain log(target / class_shares) (Saerens et al. 2002).
+
+        target: None (no change), "natural", "balanced", a JSON object {label: share}, or a file that holds one.
+        Error: UserError for "natural" where it is unknown, and for what is not one positive share per label.
+        """
+        import numpy as np
+
+        if target is None:
+            return self
+        equal = (1 / len(task.labels),) * len(task.labels)
+        if target == "natural" and not self.natural_shares:
+            raise UserError(
+                "class prior natural: calibration.json does not record it; expected balanced, a JSON object or a file"
+            )
+        named = {"natural": self.natural_shares, "balanced": equal}
+        shares = named[target] if target in named else read_shares(target, task)
+        shift = np.log(shares) - np.log(self.class_shares or equal)
+        b = tuple((np.array(self.b or np.zeros(len(shares))) + self.T * shift).tolist())
+        return replace(self, b=b, class_shares=tuple(shares))
+
     def save(self, folder, task, **record):
-        """record: how it was fitted (rows, log-loss before and after)."""
-        b = dict(zip(task.labels, self.b, strict=True))
-        write_json(Path(folder) / "calibration.json", {"w": self.w, "b": b, "T": self.T, **record})
+        """record: how it was chosen (rows, log-loss of each choice)."""
+
+        def by_label(values):
+            return dict(zip(task.labels, values, strict=True))
+
+        known = {k: by_label(v) for k in ("class_shares", "natural_shares") if (v := getattr(self, k))}
+        d = {"w": self.w, "b": by_label(self.b), "T": self.T, **known, **record}
+        write_json(Path(folder) / "calibration.json", d)
 
     @classmethod
     def load(cls, folder, task):
-        """The fit beside an adapter, or the unfitted default where there is none."""
+        """What calibration.json beside an adapter holds, or the unfitted default where there is none."""
         path = Path(folder) / "calibration.json"
         if not path.is_file():
             return cls()
@@ -378,48 +406,31 @@ class Calibration:
         numbers = all(isinstance(v, int | float) and abs(v) < 1e6 for v in (d["w"], d["T"], *d["b"].values()))
         if set(d["b"]) != set(task.labels) or not numbers or not d["T"] > 0:
             raise UserError(f"{path}: fields 'b' and 'T': expected one number for each of {task.labels} and T > 0")
-        return cls(d["w"], tuple(float(d["b"][label]) for label in task.labels), d["T"], True)
+        b = tuple(float(d["b"][label]) for label in task.labels)
+        mixes = {k: shares_of(f"{path}: field '{k}'", d[k], task) for k in ("class_shares", "natural_shares") if k in d}
+        return cls(d["w"], b, d["T"], True, **mixes)
 
 
-def log_loss(scores, y):
-    """Mean negative log-likelihood of the true classes y [N] under softmax(scores [N, L])."""
+def read_shares(target, task):
+    """Class shares in the task's order: of a JSON object or file {label: share}, or of a NAME_split.json of prepare."""
+    d = parse_json(target, "class prior") if target.lstrip().startswith("{") else read_json(target)
+    return shares_of("class prior", d.get("natural_shares", d) if isinstance(d, dict) else d, task)
+
+
+def shares_of(place, d, task):
+    """{label: number above 0} -> shares in the task's order. Error: UserError beginning with `place`."""
+    good = isinstance(d, dict) and set(d) == set(task.labels)
+    if not good or not all(isinstance(v, int | float) and 0 < v < float("inf") for v in d.values()):
+        raise UserError(f"{place}: expected an object with a number above 0 for each of {task.labels}")
+    return tuple(d[label] / sum(d.values()) for label in task.labels)
+
+
+def log_loss(scores, y, weights=None):
+    """Mean negative log-likelihood of the true classes y [N] under softmax(scores [N, L]); weights [N] of the rows."""
+    import numpy as np
     from scipy.special import log_softmax
 
-    return float(-log_softmax(scores, axis=1)[range(len(y)), y].mean())
-
-
-def fit_calibration(raw, prior, y, ridge=0.02):
-    """Calibration of least log-loss on development rows: raw [N, L], prior [L], true classes y [N].
-
-    w is 0 or 1: the prior is either a bias to take away (the base model) or none (most trained ones). The ridge keeps
-    b, which could imitate any w, near 0 unless the rows speak for it. Convex in (b / T, 1 / T).
-    """
-    import numpy as np
-    from scipy.optimize import minimize
-
-    if not len(y):
-        raise UserError("calibration: no development rows to fit on")
-    best = None
-    for w in (0.0, 1.0):
-        shifted = raw - w * prior
-
-        def loss(x, shifted=shifted):
-            return log_loss(shifted * x[0] + x[1:], y) + ridge * (x[1:] ** 2).sum()
-
-        start = np.r_[1.0, np.zeros(raw.shape[1])]
-        fit = minimize(loss, start, bounds=[(1e-3, 1e3)] + [(None, None)] * raw.shape[1])
-        if best is None or fit.fun < best[0]:
-            b = fit.x[1:] - fit.x[1:].mean()
-            best = fit.fun, Calibration(w, tuple(float(v) for v in b / fit.x[0]), float(1 / fit.x[0]), True)
-    return best[1]
-
-
-def fit_and_save(folder, task, raw, prior, y):
-    """fit_calibration, kept in `folder` with the development log-loss of raw, null and fitted scores."""
-    fit = fit_calibration(raw, prior, y)
-    losses = {"raw": log_loss(raw, y), "null": log_loss(raw - prior, y), "fitted": log_loss(fit(raw, prior), y)}
-    fit.save(folder, task, dev_rows=len(y), dev_log_loss=losses)
-    return fit
+    return float(-np.average(log_softmax(scores, axis=1)[range(len(y)), y], weights=weights))
 
 
 def answers(task, raw, prior, calibration, model_name):

@@ -17,6 +17,7 @@ from pathlib import Path
 import pandas as pd
 
 from common import SEED, VAL_FRAC, Task, group_hash, holdout, label_classes, unit_hash
+from distill.calibrate import class_shares
 from distill.files import ROOT, UserError, cli, file_sha256, write_json, write_jsonl
 from distill.tasks.boosting import check_file, out_of_fold
 from distill.tasks.creditmix import balance, read_raw, row_key
@@ -77,6 +78,8 @@ def prepare(src: str | Path, outdir: str | Path, columns: str, seed: int, val_fr
     split = outdir / f"{task.name}_split.json"
     record = {"source": Path(src).name, "source_sha256": file_sha256(src), "columns": columns}
     record |= {"seed": seed, "val_frac": val_frac, "dropped": dict(dropped), "counts": counts}
+    natural = class_shares(label_classes(src, train, "answer", task), len(task.labels))  # before balancing
+    record["natural_shares"] = dict(zip(task.labels, natural, strict=True))
     write_json(split, record | {"files": {path.name: file_sha256(path) for path in paths}})
 
     print(f"{src}: {len(rows)} usable rows, {dropped.total()} dropped")

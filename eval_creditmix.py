@@ -14,12 +14,13 @@ import os
 import re
 import sys
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+from scipy.special import softmax
 
 from common import (
     SEED,
@@ -28,21 +29,22 @@ from common import (
     LabelScorer,
     Task,
     dev_split,
-    fit_and_save,
     group_hash,
     holdout,
     label_classes,
     load_model,
     row_hash,
 )
-from distill.evaluate import check_overlap, mcnemar, metrics, overlap_record, trained_rows
+from distill.calibrate import class_shares, class_weights, fit_and_save, with_bias
+from distill.evaluate import act_above, check_overlap, compare, metrics, overlap_record, trained_rows
 from distill.files import UserError, atomic_write, cli, file_sha256, positive, sha256, write_json, write_jsonl
 from distill.hardware import device
-from distill.model.hub import check_models
+from distill.model.hub import adapter_base, check_models
 from distill.report import draw, table
 from distill.run_record import run_record
 from distill.tasks.boosting import boost
-from distill.tasks.creditmix import balance, read_raw, rows_per_class
+from distill.tasks.creditmix import balance, read_raw, rows_per_class, split_fields
+from distill.tasks.tfidf import tfidf_regression
 
 SCORER = 2  # raised when a change of the scorer changes scores: cached ones are then computed again
 DEV_ROWS = 1000  # to fit a calibration on
@@ -53,47 +55,72 @@ def main(args):
         return
     out = args.out or Path("runs/reports") / datetime.now().strftime("%Y%m%d-%H%M%S")
     task = common_task(args.model_dir, args.task)
-    check_models(args.model_dir)
     bias = label_bias(args.label_bias, task)
+
+    # The rows: held out by customer, and what the models were trained on.
     rows, dropped = read_raw(args.data, args.columns)
     label_classes(args.data, rows, "answer", task)
     train, held = holdout(rows, args.seed, args.val_frac)
     held = rows_per_class(held, task, args.val_per_class, args.seed)
     y = label_classes(args.data, held, "answer", task)
-    prompts = [task.prompt(r["question"]) for r in held]
-    overlap = {name: check_overlap(name, [[p] for p in prompts], args.allow_overlap) for name in args.model_dir}
+    groups = np.unique([r["group"] for r in held], return_inverse=True)[1]
     counts = ", ".join(f"{label} {(y == i).sum()}" for i, label in enumerate(task.labels))
-    print(f"{len(held)} held-out rows of {len({r['group'] for r in held})} customers: {counts}")
+    print(f"{len(held)} held-out rows of {groups.max(initial=-1) + 1} customers: {counts}")
     if not held:
         raise UserError(f"{args.data}: no held-out rows; expected more customers or a larger --val_frac")
-
     balanced = balance(args.data, train, task.labels, args.seed)
     dev = dev_rows(balanced, task, args.seed) if args.fit_calibration else []
-    groups = np.unique([r["group"] for r in held], return_inverse=True)[1]
+    natural, trained = (
+        class_shares(label_classes(args.data, side, "answer", task), len(task.labels)) for side in (train, balanced)
+    )
+    Calibration(natural_shares=natural).for_prior(args.class_prior, task)  # an error, before a model is loaded
+    weights = class_weights(y, natural)  # the held-out rows, weighted to the natural class mix
+
+    # The models: a text task has no fields for gradient boosting, so the untrained base is a reference as well.
+    names = args.model_dir
+    if not split_fields(rows[0]["question"]):
+        names = names + untrained_bases(names)
+    check_models(names)
+    prompts = [task.prompt(r["question"]) for r in held]
+    overlap = {name: check_overlap(name, [[p] for p in prompts], args.allow_overlap) for name in names}
+
     report = {"n": len(held), "seed": args.seed, **overlap_record(overlap), "rows_dropped": dict(dropped)}
-    report["references"] = references(train, balanced, held, y, groups, task)
-    report["models"], right, predictions = [], {}, [{"question": r["question"], "answer": r["answer"]} for r in held]
-    for name in args.model_dir:
-        trained = trained_rows(name) or ()
-        own_dev = [r for r in dev if row_hash(r["input"]) not in trained]
+    report |= {"class_prior": args.class_prior, "natural_shares": dict(zip(task.labels, natural, strict=True))}
+    report |= {"references": {}, "natural_references": {}, "models": []}
+    for name, found in references(train, balanced, held, task).items():
+        report["references"][name] = report["natural_references"][name] = None
+        if found is not None:
+            shift = 0 if name == "majority" else np.log(natural) - np.log(trained)
+            report["references"][name] = metrics(found, y, groups, task)
+            report["natural_references"][name] = metrics(found + shift, y, groups, task, weights)
+    right, predictions = {}, [{"question": r["question"], "answer": r["answer"]} for r in held]
+    for name in names:
+        seen = trained_rows(name) or ()
+        own_dev = [r for r in dev if row_hash(r["input"]) not in seen]
         dev_prompts = [r["input"] for r in own_dev]
         raw, dev_raw, prior, rows_per_s = score(name, task, prompts, dev_prompts, args.precision, out)
         if args.fit_calibration:
-            fit = fit_on(name, dev_raw, prior, own_dev, task, out)
+            fit = fit_on(name, dev_raw, prior, own_dev, task, trained, natural, bias, out)
         else:
-            fit = Calibration.load(name, task)
+            fit = with_bias(Calibration.load(name, task), bias)
+        fit = replace(fit, natural_shares=natural)
+        served, natural_fit = fit.for_prior(args.class_prior, task), fit.for_prior("natural", task)
+        scores = served(raw, prior)  # what infer and serve answer: null calibration where nothing is fitted
         entry = {"model_dir": name, "rows_per_s": rows_per_s, "train_overlap": overlap[name], "prior": prior.tolist()}
-        views = {"raw": raw, "null": raw - prior + bias, "fitted": fit(raw + bias, prior) if fit.fitted else None}
-        for view, scores in views.items():
-            entry[view] = None if scores is None else metrics(scores, y, groups, task)
+        entry["calibration"] = asdict(served)
+        views = {"raw": raw, "null": raw - prior + bias, "fitted": scores if served.fitted else None}
+        for view, found in views.items():
+            entry[view] = None if found is None else metrics(found, y, groups, task)
+        mix = {"as_served": scores, "natural": natural_fit(raw, prior)}
+        entry["natural_mix"] = {view: metrics(found, y, groups, task, weights) for view, found in mix.items()}
+        entry["act_above"] = act_above(softmax(mix["natural"], axis=1), y, task.labels, weights)
         report["models"].append(entry)
-        served = fit(raw + bias, prior)  # what infer and serve answer: null calibration where nothing is fitted
-        right[name] = served.argmax(1) == y
-        for line, r, s in zip(predictions, raw, served, strict=True):
+        right[name] = scores.argmax(1) == y
+        for line, r, s in zip(predictions, raw, scores, strict=True):
             line[name] = {"prediction": task.labels[int(s.argmax())], "raw": r.tolist(), "scores": s.tolist()}
-        draw(name, served, y, task, out / f"{picture_name(name, args.model_dir)}.png")
+        draw(name, scores, y, task, out / f"{picture_name(name, names)}.png")
     report["mcnemar"] = [
-        {"a": a, "b": b, **mcnemar(right[a], right[b])} for a, b in combinations(args.model_dir, 2) if a != b
+        {"a": a, "b": b, **compare(right[a], right[b], groups)} for a, b in combinations(names, 2) if a != b
     ]
     report |= {"data": str(args.data), "data_sha256": file_sha256(args.data), **run_record(args)}
     text = table(report, task)
@@ -143,6 +170,15 @@ def label_bias(pairs: list[str], task: Task) -> np.ndarray:
     return bias
 
 
+def untrained_bases(names: list[str]) -> list[str]:
+    """The base models of adapters, where they are not among the models themselves."""
+    bases = {adapter_base(name) for name in names if (Path(name) / "adapter_config.json").is_file()}
+    bases = sorted(bases - set(map(str, names)))
+    for base in bases:
+        print(f"{base}: evaluated as well, the untrained reference")
+    return bases
+
+
 def picture_name(name: str, names: list[str]) -> str:
     """A model's file name: the last part of its path, or all of it where several models share that."""
     if sum(Path(other).name == Path(name).name for other in names) > 1:
@@ -178,27 +214,38 @@ def score(name: str, task: Task, prompts: list[str], dev_prompts: list[str], pre
     return raw[:n], raw[n:], np.array(found["prior"]), found["rows_per_s"]
 
 
-def fit_on(name: str, raw: np.ndarray, prior: np.ndarray, dev: list[dict], task: Task, out: Path) -> Calibration:
-    """Fit on development rows; calibration.json goes beside an adapter, else into the report's folder."""
+def fit_on(name: str, raw, prior, dev: list[dict], task: Task, trained, natural, bias, out: Path) -> Calibration:
+    """Choose a calibration on development rows; calibration.json goes beside an adapter, else into the report's folder.
+
+    trained, natural: class mix [L] of the training rows and before balancing. bias [L] becomes part of b.
+    """
     if not dev:
         raise UserError(f"{name}: no development row that it was not trained on; expected the --seed of its training")
     y = label_classes("development rows", dev, "output", task)
     folder = Path(name) if (Path(name) / "adapter_config.json").is_file() else out
-    fit = fit_and_save(folder, task, raw, prior, y)
-    print(f"{name}: fitted on {len(y)} development rows: {folder / 'calibration.json'}")
+    fit, record = fit_and_save(folder, task, raw, prior, y, [r["group"] for r in dev], trained, natural, bias)
+    print(f"{name}: {record['chosen']} scores chosen on {len(y)} development rows, {record['reason']}")
+    print(f"kept in {folder / 'calibration.json'}")
     return fit
 
 
-def references(train: list[dict], balanced: list[dict], held: list[dict], y, groups, task: Task) -> dict:
-    """Metrics of the training side's majority class and of gradient boosting on the fields (None for free text)."""
+def references(train: list[dict], balanced: list[dict], held: list[dict], task: Task) -> dict:
+    """Scores [N, L] of what a model has to beat: the training side's majority class, and a classical classifier.
+
+    That is gradient boosting on the fields of a text, or TF-IDF with logistic regression where the text has none; the
+    other is None.
+    """
     most = Counter(r["answer"] for r in train)
     prior = np.array([max(most[label], 0.5) / len(train) for label in task.labels])
-    found = {"majority": metrics(np.log(np.tile(prior, (len(y), 1))), y, groups, task), "gradient_boosting": None}
+    found = {"majority": np.log(np.tile(prior, (len(held), 1))), "gradient_boosting": None}
+    texts = [r["question"] for r in held]
     try:
-        p = boost(balanced, task.labels).predict_proba([r["question"] for r in held])
-        found["gradient_boosting"] = metrics(np.log(np.clip(p, 1e-9, 1)), y, groups, task)
+        p = boost(balanced, task.labels).predict_proba(texts)
+        found["gradient_boosting"] = np.log(np.clip(p, 1e-9, 1))
     except UserError as e:
         print(f"no gradient boosting reference: {e}", file=sys.stderr)
+        p = tfidf_regression(balanced, task.labels, texts)
+        found["tfidf_logistic_regression"] = np.log(np.clip(p, 1e-9, 1))
     return found
 
 
@@ -213,8 +260,17 @@ if __name__ == "__main__":
     )
     p.add_argument("--columns", choices=["six", "all"], default="six", help="CSV columns, as in creditmix_prepare.py")
     p.add_argument("--seed", type=int, default=SEED, help="of the split, as in creditmix_prepare.py (default: 42)")
-    p.add_argument("--fit_calibration", action="store_true", help="fit w, b, T on development rows and keep them")
-    p.add_argument("--label_bias", nargs="*", default=[], metavar="LABEL=X", help="the operator's own: added to scores")
+    p.add_argument("--fit_calibration", action="store_true", help="choose w, b, T on development rows and keep them")
+    p.add_argument(
+        "--label_bias",
+        nargs="*",
+        default=[],
+        metavar="LABEL=X",
+        help="added to scores; --fit_calibration keeps it in b",
+    )
+    p.add_argument(
+        "--class_prior", metavar="natural|balanced|JSON|FILE", help="class mix to answer for; default: that of training"
+    )
     p.add_argument("--allow_overlap", action="store_true", help="evaluate on trained rows all the same, and say so")
     p.add_argument("--precision", choices=["auto", "nf4", "bf16", "fp32"], default="auto", help="of the base model")
     p.add_argument("--out", type=Path, help="folder of the report; default: runs/reports/TIME")

@@ -21,7 +21,9 @@ def main(args):
     if (args.features is None) == (args.input is None) or bool(args.input) != bool(args.output):
         raise UserError("expected either --features TEXT, or --input FILE with --output FILE")
     rows = read_rows(args.input, {"question": str}) if args.input else one_row(args.features)
-    found = classify(args.model_dir, Task.of(args.model_dir, args.task), [r["question"] for r in rows], args.precision)
+    task = Task.of(args.model_dir, args.task)
+    calibration = Calibration.load(args.model_dir, task).for_prior(args.class_prior, task)
+    found = classify(args.model_dir, task, calibration, [r["question"] for r in rows], args.precision)
     if args.features is not None:
         print(json.dumps(found[0], indent=1, ensure_ascii=False))
         return
@@ -42,13 +44,12 @@ def one_row(features: str) -> list[dict]:
     return [row]
 
 
-def classify(model_dir: str, task: Task, texts: list[str], precision: str) -> list[dict]:
+def classify(model_dir: str, task: Task, calibration: Calibration, texts: list[str], precision: str) -> list[dict]:
     """The answer to each text: prediction, scores and probabilities."""
-    model, tokenizer = load_model(model_dir, precision)
-    scorer = LabelScorer(model, tokenizer, task.labels, task.null_prompts())
-    calibration = Calibration.load(model_dir, task)
     if not calibration.fitted:
         print(f"{model_dir}: no calibration.json: null calibration, probabilities are not fitted", file=sys.stderr)
+    model, tokenizer = load_model(model_dir, precision)
+    scorer = LabelScorer(model, tokenizer, task.labels, task.null_prompts())
     raw = scorer.score([task.prompt(text) for text in texts], progress=len(texts) > 1)
     return answers(task, raw, scorer.prior(task), calibration, model_dir)
 
@@ -61,5 +62,8 @@ if __name__ == "__main__":
     p.add_argument("--input", type=Path, help="JSON or JSONL file of rows with a field question; - for standard input")
     p.add_argument("--output", type=Path, help="JSONL file of the answers, written whole at the end; - to print")
     p.add_argument("--task", type=Path, default=task_file, help="for a model without task.json")
+    p.add_argument(
+        "--class_prior", metavar="natural|balanced|JSON|FILE", help="class mix to answer for; default: that of training"
+    )
     p.add_argument("--precision", choices=["auto", "nf4", "bf16", "fp32"], default="auto", help="of the base model")
     cli(main, p)

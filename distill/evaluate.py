@@ -9,6 +9,8 @@ import numpy as np
 from common import Task, log_loss, row_hash
 from distill.files import UserError
 
+THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Intervals
 
@@ -50,12 +52,20 @@ def interval(values: np.ndarray) -> list[float]:
 # Classification
 
 
-def metrics(scores: np.ndarray, y: np.ndarray, groups: np.ndarray, task: Task) -> dict:
-    """Figures of one set of scores [N, L] against true classes y [N], with intervals over groups [N]."""
+def metrics(
+    scores: np.ndarray, y: np.ndarray, groups: np.ndarray, task: Task, weights: np.ndarray | None = None
+) -> dict:
+    """Figures of one set of scores [N, L] against true classes y [N], with intervals over groups [N].
+
+    weights: of the rows [N], to report another class mix than that of the rows; support and confusion are then sums
+        of weights.
+    """
     from scipy.special import softmax
 
     n_labels, predicted, p = len(task.labels), scores.argmax(1), softmax(scores, axis=1)
-    matrix, counts = confusion(y, predicted, n_labels), class_counts(y, predicted, n_labels)
+    matrix, counts = confusion(y, predicted, n_labels, weights), class_counts(y, predicted, n_labels)
+    if weights is not None:
+        counts = counts * weights[:, None, None]
     accuracy, macro_f1 = accuracy_and_macro_f1(counts.sum(0)).tolist()
     drawn = bootstrap(accuracy_and_macro_f1, counts, groups)
     rates = np.stack([*precision_recall_f1(counts.sum(0)), matrix.sum(1)], axis=1).tolist()
@@ -69,15 +79,16 @@ def metrics(scores: np.ndarray, y: np.ndarray, groups: np.ndarray, task: Task) -
         "confusion": matrix.tolist(),
         "predicted": dict(zip(task.labels, matrix.sum(0).tolist(), strict=True)),
         "takes_over": next((task.labels[i] for i in range(n_labels) if takes_over(matrix, i)), None),
-        "log_loss": log_loss(scores, y),
-        "brier": float(((p - np.eye(n_labels)[y]) ** 2).sum(1).mean()),
-        "ece": ece(p, y),
+        "log_loss": log_loss(scores, y, weights),
+        "brier": float(np.average(((p - np.eye(n_labels)[y]) ** 2).sum(1), weights=weights)),
+        "ece": ece(p, y, weights=weights),
+        "coverage_at_5_percent_error": coverage_at_error(p, y, 0.05, weights),
     }
 
 
-def confusion(y: np.ndarray, predicted: np.ndarray, n_labels: int) -> np.ndarray:
-    """Counts [L, L]: true class by row, predicted class by column."""
-    return np.bincount(y * n_labels + predicted, minlength=n_labels**2).reshape(n_labels, n_labels)
+def confusion(y: np.ndarray, predicted: np.ndarray, n_labels: int, weights: np.ndarray | None = None) -> np.ndarray:
+    """Counts or sums of weights [L, L]: true class by row, predicted class by column."""
+    return np.bincount(y * n_labels + predicted, weights, minlength=n_labels**2).reshape(n_labels, n_labels)
 
 
 def class_counts(y: np.ndarray, predicted: np.ndarray, n_labels: int) -> np.ndarray:
@@ -105,21 +116,90 @@ def takes_over(matrix: np.ndarray, i: int) -> bool:
     return bool(said[i] > 1.5 * true[i] and said[i] > matrix.sum() / 2)
 
 
-def ece(p: np.ndarray, y: np.ndarray, bins: int = 15) -> float:
-    """Expected calibration error of the predicted class in bins of equal width (Guo et al. 2017): p [N, L], y [N]."""
-    top, right = p.max(1), p.argmax(1) == y
-    where = np.minimum((top * bins).astype(int), bins - 1)
-    gaps = [abs(right[where == b].mean() - top[where == b].mean()) * (where == b).mean() for b in np.unique(where)]
-    return float(sum(gaps))
+def ece(p: np.ndarray, y: np.ndarray, bins: int = 15, weights: np.ndarray | None = None) -> float:
+    """Expected calibration error of the predicted class in bins of equal width (Guo et al. 2017).
+
+    p [N, L], y [N], weights [N] of the rows.
+    """
+    gap = p.max(1) - (p.argmax(1) == y)
+    where = np.minimum((p.max(1) * bins).astype(int), bins - 1)
+    share = np.full(len(y), 1 / len(y)) if weights is None else weights / weights.sum()
+    return float(np.abs(np.bincount(where, share * gap)).sum())
 
 
-def mcnemar(a: np.ndarray, b: np.ndarray) -> dict:
-    """Exact McNemar test of which rows two models have right, bool arrays [N]: discordant counts and p."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Decisions by threshold
+
+
+def coverage_at_error(p: np.ndarray, y: np.ndarray, error: float, weights: np.ndarray | None = None) -> float:
+    """The largest share of rows that can be decided, surest first, with at most this share of them wrong.
+
+    p [N, L], y [N], weights [N] of the rows. Rows that are equally sure are decided together.
+    """
+    top, wrong = p.max(1), p.argmax(1) != y
+    weights = np.ones(len(y)) if weights is None else weights
+    order = np.argsort(-top, kind="stable")
+    decided = np.cumsum(weights[order])
+    last_of_equals = np.append(np.diff(top[order]) != 0, True)
+    good = last_of_equals & (np.cumsum((weights * wrong)[order]) <= error * decided)
+    return float(decided[good].max(initial=0) / decided[-1])
+
+
+def act_above(p: np.ndarray, y: np.ndarray, labels: Sequence[str], weights: np.ndarray | None = None) -> list[dict]:
+    """What deciding only from a probability upward gives, one entry per threshold of THRESHOLDS.
+
+    Each holds the threshold "p"; "coverage" and "error" of deciding rows whose predicted class reaches it; and for
+    each label the "share" of rows whose probability of that label reaches it, with "precision" and "recall". A figure
+    over no rows is None.
+    """
+    weights = np.ones(len(y)) if weights is None else weights
+
+    def share(part, of):
+        return float(weights[part].sum() / weights[of].sum()) if weights[of].sum() else None
+
+    top, right, all_rows = p.max(1), p.argmax(1) == y, np.ones(len(y), bool)
+    table = []
+    for t in THRESHOLDS:
+        entry = {"p": t, "coverage": share(top >= t, all_rows), "error": share((top >= t) & ~right, top >= t)}
+        entry["per_class"] = {}
+        for i, label in enumerate(labels):
+            acts, true = p[:, i] >= t, y == i
+            rates = {"precision": share(acts & true, acts), "recall": share(acts & true, true)}
+            entry["per_class"][label] = {"share": share(acts, all_rows), **rates}
+        table.append(entry)
+    return table
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two models on the same rows
+
+
+def compare(a: np.ndarray, b: np.ndarray, groups: np.ndarray) -> dict:
+    """Which of two models is right on more rows: bool arrays [N] of right answers, groups [N] from 0.
+
+    "p" is the exact McNemar test, which counts rows as independent; "permutation_p" is the exact paired sign-flip test
+    over groups (Fisher): under the null hypothesis each group's difference is as likely with the other sign. "groups"
+    counts those that differ. Where the rows of a group agree, McNemar's p is too small.
+    """
     from scipy.stats import binomtest
 
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     p = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
-    return {"only_a_right": only_a, "only_b_right": only_b, "p": float(p)}
+    differences = np.bincount(groups, a.astype(int) - b.astype(int)).astype(int)
+    found = {"only_a_right": only_a, "only_b_right": only_b, "p": float(p)}
+    return found | {"permutation_p": sign_flip_p(differences), "groups": int((differences != 0).sum())}
+
+
+def sign_flip_p(differences: np.ndarray) -> float:
+    """Two-sided p of the sum of integers [G] when each sign is a fair coin: exact, by convolution over the groups."""
+    sizes = np.abs(differences[differences != 0])
+    most = int(sizes.sum())
+    chance = np.zeros(2 * most + 1)  # of each sum from -most to most
+    chance[most] = 1
+    for k in sizes:
+        chance = (np.roll(chance, k) + np.roll(chance, -k)) / 2
+    extreme = np.abs(np.arange(-most, most + 1)) >= abs(int(differences.sum()))
+    return float(min(chance[extreme].sum(), 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

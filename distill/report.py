@@ -10,24 +10,61 @@ from distill.files import atomic_write
 
 
 def table(report: dict, task: Task) -> str:
-    """The report as text: references first, then one line per model and kind of scores."""
-    header = (
-        f"{'model':34} {'scores':7} {'accuracy [95%]':22} {'macro-F1 [95%]':22} {'log-loss':>8} {'Brier':>6} {'ECE':>6}"
-    )
-    lines = ["", header + "  recall " + " / ".join(task.labels)]
-    entries = [(name, "", m) for name, m in report["references"].items()]
-    entries += [(e["model_dir"], view, e[view]) for e in report["models"] for view in ("raw", "null", "fitted")]
-    for name, view, m in entries:
-        if m:
-            cells = [f"{m[k]:.3f} [{m[k + '_ci95'][0]:.3f}, {m[k + '_ci95'][1]:.3f}]" for k in ("accuracy", "macro_f1")]
-            recall = " / ".join(f"{c['recall']:.2f}" for c in m["per_class"].values())
-            numbers = f"{m['log_loss']:8.3f} {m['brier']:6.3f} {m['ece']:6.3f}"
-            warn = f"  <- {m['takes_over']} takes over" if m["takes_over"] and view else ""
-            lines.append(f"{name[-34:]:34} {view:7} {cells[0]:22} {cells[1]:22} {numbers}  {recall}{warn}")
+    """The report as text: references first, then one line per model and kind of scores, then the natural class mix."""
+    lines = ["", header("scores", task.labels)]
+    lines += [line(name, "", m) for name, m in report["references"].items() if m]
+    for e in report["models"]:
+        for view in ("raw", "null", "fitted"):
+            if e[view]:
+                warn = f"  <- {e[view]['takes_over']} takes over" if e[view]["takes_over"] else ""
+                lines.append(line(e["model_dir"], view, e[view]) + warn)
+    prior = report["class_prior"] or "as trained and fitted"
+    mix = ", ".join(f"{label} {share:.2f}" for label, share in report["natural_shares"].items())
+    lines += [f"class prior of the fitted scores: {prior}", "", f"The natural class mix ({mix}), by weighting rows:"]
+    lines += [header("prior", task.labels)]
+    lines += [line(name, "natural", m) for name, m in report["natural_references"].items() if m]
+    for e in report["models"]:
+        lines += [line(e["model_dir"], k.replace("_", " "), m) for k, m in e["natural_mix"].items()]
+    for e in report["models"]:
+        lines += ["", *threshold_table(e["model_dir"], e["act_above"], task.labels)]
+    lines.append("")
     for test in report["mcnemar"]:
         counts = f"{test['only_a_right']} against {test['only_b_right']} rows"
-        lines.append(f"McNemar {test['a']} / {test['b']}: right alone on {counts}, p = {test['p']:.2g}")
+        p = f"p = {test['permutation_p']:.2g} by sign flips over {test['groups']} customers"
+        lines.append(f"{test['a']} / {test['b']}: right alone on {counts}, {p}")
     return "\n".join(lines + overlap_lines(report))
+
+
+def header(column: str, labels: tuple) -> str:
+    first = (
+        f"{'model':34} {column:9} {'accuracy [95%]':22} {'macro-F1 [95%]':22} {'log-loss':>8} {'Brier':>6} {'ECE':>6}"
+    )
+    return f"{first} {'at 5%':>6}  recall " + " / ".join(labels)
+
+
+def line(name: str, view: str, m: dict) -> str:
+    """One line of metrics; "at 5%" is the share of rows that can be decided with at most 5 % of them wrong."""
+    cells = [f"{m[k]:.3f} [{m[k + '_ci95'][0]:.3f}, {m[k + '_ci95'][1]:.3f}]" for k in ("accuracy", "macro_f1")]
+    numbers = f"{m['log_loss']:8.3f} {m['brier']:6.3f} {m['ece']:6.3f} {m['coverage_at_5_percent_error']:6.2f}"
+    recall = " / ".join(f"{c['recall']:.2f}" for c in m["per_class"].values())
+    return f"{name[-34:]:34} {view:9} {cells[0]:22} {cells[1]:22} {numbers}  {recall}"
+
+
+def threshold_table(name: str, entries: list[dict], labels: tuple) -> list[str]:
+    """Lines of `act_above`: what deciding only from a probability upward gives; by label where there are few."""
+
+    def shown(value):
+        return f"{'-':>5}" if value is None else f"{value:5.2f}"
+
+    labels = labels if len(labels) <= 6 else ()
+    columns = " ".join(f"{label[:20]:>20}" for label in labels)
+    lines = [f"{name}: act above p, natural mix and prior (per label: share of rows, precision, recall)"]
+    lines.append(f"{'p':>5} {'coverage':>8} {'error':>5} {columns}")
+    for entry in entries:
+        cells = [" ".join(map(shown, entry["per_class"][label].values())) for label in labels]
+        cells = " ".join(f"{cell:>20}" for cell in cells)
+        lines.append(f"{entry['p']:5.2f} {entry['coverage']:8.2f} {shown(entry['error'])} {cells}")
+    return lines
 
 
 def draw(name: str, scores: np.ndarray, y: np.ndarray, task: Task, path: Path) -> None:

@@ -3,10 +3,12 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from scipy.special import softmax
 
 from common import (
     Calibration,
@@ -15,7 +17,6 @@ from common import (
     add_adapter,
     completion_ids,
     dev_split,
-    fit_calibration,
     holdout,
     label_trie,
     load_base,
@@ -381,22 +382,61 @@ def test_calibration_by_hand():
 def test_log_loss_by_hand():
     scores = np.log([[0.5, 0.5], [0.9, 0.1]])
     assert log_loss(scores, np.array([0, 1])) == pytest.approx(-(math.log(0.5) + math.log(0.1)) / 2)
+    weighted = log_loss(scores, np.array([0, 1]), np.array([3.0, 1.0]))
+    assert weighted == pytest.approx(-(3 * math.log(0.5) + math.log(0.1)) / 4)
 
 
-def test_fit_finds_bias_and_temperature_and_never_loses():
-    rng = np.random.default_rng(0)
-    y = rng.integers(0, 3, 3000)
-    truth = 1.5 * np.eye(3)[y] + rng.gumbel(size=(3000, 3))
-    raw = truth * 2 + np.array([0.0, 1.0, -1.0])
-    fit = fit_calibration(raw, np.zeros(3), y)
-    assert log_loss(fit(raw, np.zeros(3)), y) < log_loss(raw, y) - 0.1
-    assert fit.b[1] - fit.b[0] == pytest.approx(-1.0, abs=0.25) and fit.b[2] - fit.b[0] == pytest.approx(1.0, abs=0.25)
+@pytest.mark.parametrize("T", [1.0, 0.5])
+def test_another_class_prior_multiplies_the_odds(task, tmp_path, T):
+    fit = Calibration(0.0, (0.0, 0.3, -0.3), T, True, natural_shares=(0.3, 0.5, 0.2))
+    p = np.array([0.5, 0.3, 0.2])  # Bayes: each probability times the ratio of the shares
+    raw = T * np.log(p) - np.array(fit.b)
+
+    def probabilities(target, fit=fit):
+        return softmax(fit.for_prior(target, task)(raw, np.zeros(3)))
+
+    assert probabilities(None) == pytest.approx(p) == probabilities("balanced")  # fitted on equal classes
+    natural = p * [0.3, 0.5, 0.2]
+    assert probabilities("natural") == pytest.approx(natural / natural.sum())
+    shares = {"Good": 3, "Standard": 5, "Bad": 2}  # of any sum
+    (tmp_path / "shares.json").write_text(json.dumps(shares))
+    (tmp_path / "split.json").write_text(json.dumps({"seed": 42, "natural_shares": shares}))
+    for target in (json.dumps(shares), str(tmp_path / "shares.json"), str(tmp_path / "split.json")):
+        assert probabilities(target) == pytest.approx(natural / natural.sum())
+    skewed = replace(fit, class_shares=(0.2, 0.2, 0.6))
+    assert probabilities("balanced", skewed) == pytest.approx((p / [0.2, 0.2, 0.6]) / (p / [0.2, 0.2, 0.6]).sum())
+    there = fit.for_prior("natural", task)
+    assert there.class_shares == (0.3, 0.5, 0.2)
+    assert there.for_prior("balanced", task).b == pytest.approx(fit.b)  # and back
+    base = Calibration()  # null calibration answers for equal classes
+    assert base.for_prior("balanced", task)(raw, np.zeros(3)) == pytest.approx(base(raw, np.zeros(3)))
+
+
+def test_a_class_prior_that_cannot_be_is_named(task):
+    for target, message in (
+        ("natural", "class prior natural: calibration.json does not record it"),
+        ("none.json", "none.json: no such file"),
+        ('{"Good": 1', "class prior:1: not JSON"),
+        ('{"Good": 1, "Bad": 2}', "expected an object with a number above 0 for each of"),
+        ('{"Good": 1, "Standard": 0, "Bad": 2}', "expected an object with a number above 0 for each of"),
+        ('{"Good": 1, "Standard": "many", "Bad": 2}', "expected an object with a number above 0 for each of"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Calibration().for_prior(target, task)
 
 
 def test_a_fit_survives_its_file_and_a_bad_file_is_named(tmp_path, task):
     fit = Calibration(1.0, (0.1, 0.2, -0.3), 0.7, True)
     fit.save(tmp_path, task)
     assert Calibration.load(tmp_path, task) == fit
+    fit = replace(fit, class_shares=(0.25, 0.25, 0.5), natural_shares=(0.125, 0.375, 0.5))
+    fit.save(tmp_path, task, dev_rows=3)
+    assert Calibration.load(tmp_path, task) == fit
+    d = json.loads((tmp_path / "calibration.json").read_text())
+    d["natural_shares"]["Good"] = 0
+    (tmp_path / "calibration.json").write_text(json.dumps(d))
+    with pytest.raises(UserError, match="field 'natural_shares': expected an object with a number above 0 for each of"):
+        Calibration.load(tmp_path, task)
     (tmp_path / "calibration.json").write_text('{"w": 1, "b": {"Good": 0}, "T": 1}')
     with pytest.raises(UserError, match="expected one number for each of"):
         Calibration.load(tmp_path, task)

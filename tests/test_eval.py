@@ -12,19 +12,22 @@ from conftest import ROOT
 from common import Task, holdout, row_hash
 from distill.evaluate import (
     accuracy_and_macro_f1,
+    act_above,
     bootstrap,
     bootstrap_mean,
     check_overlap,
     class_counts,
+    compare,
     confusion,
+    coverage_at_error,
     ece,
     interval,
-    mcnemar,
     metrics,
     overlap_lines,
     overlap_record,
     precision_recall_f1,
     ratio,
+    sign_flip_p,
     takes_over,
 )
 from distill.files import UserError, write_json
@@ -58,13 +61,85 @@ def test_ece_and_brier_by_hand(task):
     assert found["log_loss"] == pytest.approx(-np.mean(np.log([0.8, 0.1, 0.6, 0.6])))
 
 
+def test_weights_of_rows_count_like_copies_of_rows(task):
+    rng = np.random.default_rng(0)
+    scores, y, copies = rng.normal(size=(60, 3)), rng.integers(0, 3, 60), rng.integers(1, 4, 60)
+    groups = np.arange(60) // 3
+    weighted = metrics(scores, y, groups, task, copies.astype(float))
+    copied = metrics(*(np.repeat(x, copies, axis=0) for x in (scores, y, groups)), task)
+
+    def numbers(found):
+        return [v for d in found.values() for v in np.ravel(list(d.values()) if isinstance(d, dict) else d)]
+
+    for name in copied.keys() - {"per_class", "takes_over"}:
+        assert numbers({name: weighted[name]}) == pytest.approx(numbers({name: copied[name]})), name
+    for label in task.labels:
+        assert weighted["per_class"][label] == pytest.approx(copied["per_class"][label])
+
+
+def test_coverage_at_an_error_by_hand():
+    p = np.array([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]])
+    assert coverage_at_error(p, np.array([0, 0, 0, 1]), 0.05) == 0.75
+    assert coverage_at_error(p, np.array([0, 0, 0, 1]), 0.25) == 1.0  # one of four
+    assert coverage_at_error(p, np.array([1, 0, 0, 0]), 0.05) == 0.0  # the surest is wrong
+    assert coverage_at_error(p, np.array([0, 1, 0, 0]), 0.25) == 1.0  # and later rows make up for one
+    assert coverage_at_error(p, np.array([0, 0, 0, 1]), 0.05, np.array([1.0, 1, 1, 5])) == 3 / 8
+    assert coverage_at_error(p[[0, 0, 0, 0]], np.array([0, 0, 0, 1]), 0.05) == 0.0  # equally sure: all or none
+
+
+def test_acting_above_a_probability_by_hand():
+    p = np.array([[0.9, 0.1], [0.65, 0.35], [0.45, 0.55], [0.2, 0.8]])
+    table = act_above(p, np.array([0, 1, 1, 1]), ("a", "b"))
+    at = {entry["p"]: entry for entry in table}
+    assert (at[0.5]["coverage"], at[0.5]["error"]) == (1.0, 0.25)
+    assert (at[0.8]["coverage"], at[0.8]["error"]) == (0.5, 0.0)
+    assert at[0.6]["per_class"]["a"] == {"share": 0.5, "precision": 0.5, "recall": 1.0}
+    assert at[0.7]["per_class"]["b"] == {"share": 0.25, "precision": 1.0, "recall": pytest.approx(1 / 3)}
+    assert (at[0.95]["coverage"], at[0.95]["error"]) == (0.0, None)
+    assert at[0.95]["per_class"]["a"] == {"share": 0.0, "precision": None, "recall": 0.0}
+    weighted = act_above(p, np.array([0, 1, 1, 1]), ("a", "b"), np.array([1.0, 3, 1, 1]))
+    assert weighted[0]["error"] == 0.5 and weighted[0]["per_class"]["a"]["precision"] == 0.25
+
+
 def test_mcnemar_by_hand():
     a = np.array([1, 1, 1, 1, 1, 1, 0, 1], dtype=bool)
     b = np.array([0, 0, 0, 0, 0, 0, 1, 1], dtype=bool)
-    found = mcnemar(a, b)
-    assert (found["only_a_right"], found["only_b_right"]) == (6, 1)
+    found = compare(a, b, np.arange(8))
+    assert (found["only_a_right"], found["only_b_right"], found["groups"]) == (6, 1, 7)
     assert found["p"] == pytest.approx(2 * (1 + 7) / 2**7)  # two-sided binomial of 1 or fewer in 7
-    assert mcnemar(a, a)["p"] == 1.0
+    assert found["permutation_p"] == pytest.approx(found["p"])  # one row per customer: the same test
+    same = compare(a, a, np.arange(8))
+    assert same["p"] == same["permutation_p"] == 1.0
+
+
+def test_sign_flips_by_hand():
+    assert sign_flip_p(np.array([3, 1, 1])) == 2 / 8  # only all signs equal reach 5
+    assert sign_flip_p(np.array([2, -1])) == 1.0  # every sum is at least 1 away from 0
+    assert sign_flip_p(np.array([2, 2, -1])) == 4 / 8  # of 5, 3, 1 and 1, with either sign, two reach 3
+    assert sign_flip_p(np.array([0, 0])) == 1.0
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(-8, 9, 60)
+    flips = np.abs((rng.choice([-1, 1], (100_000, 60)) * sizes).sum(1)) >= abs(sizes.sum())
+    assert sign_flip_p(sizes) == pytest.approx(flips.mean(), abs=0.01)
+
+
+def test_rows_of_a_customer_that_agree_are_one_observation():
+    """30 customers of 8 rows: one model is right on all rows of 20 of them, the other on all rows of 10."""
+    a = np.repeat(np.arange(30) < 20, 8)
+    found = compare(a, ~a, np.repeat(np.arange(30), 8))
+    assert found["p"] < 1e-6  # McNemar: 160 against 80 rows
+    assert found["permutation_p"] == pytest.approx(0.0987, abs=1e-4)  # two-sided binomial of 20 in 30
+    assert found["groups"] == 30
+
+
+def test_permutation_p_is_uniform_where_rows_are_correlated_and_mcnemar_is_not():
+    rng = np.random.default_rng(0)
+    groups, small = np.repeat(np.arange(50), 6), {"p": 0, "permutation_p": 0}
+    for _ in range(200):  # two models that are equally good, each right on all rows of a customer or on none
+        a, b = (np.repeat(rng.random(50) < 0.6, 6) for _ in range(2))
+        for name in small:
+            small[name] += compare(a, b, groups)[name] < 0.05
+    assert small["permutation_p"] <= 18 and small["p"] > 60
 
 
 def test_bootstrap_resamples_customers_not_rows(task):
@@ -170,7 +245,15 @@ def test_another_label_task_needs_no_code(run, tiny, raw, tmp_path):
     assert done.returncode == 0, done.stderr[-1500:]
     report = json.loads((out / "report.json").read_text())
     assert report["n"] == 30 and report["overlap"] == 0 and len(report["models"]) == 3
-    assert {"majority", "gradient_boosting"} == set(report["references"])
+    split = json.loads((tmp_path / "grades_split.json").read_text())
+    calibration = json.loads((tmp_path / "kd" / "calibration.json").read_text())
+    assert calibration["natural_shares"] == report["natural_shares"] == split["natural_shares"]
+    assert calibration["chosen"] in ("raw", "null", "fitted") and set(calibration["class_shares"]) == set(LABELS)
+    assert report["class_prior"] is None and report["overlap_unknown"] == []
+    for entry in report["models"]:
+        assert set(entry["natural_mix"]) == {"as_served", "natural"} and len(entry["act_above"]) == 6
+    assert 0 < report["mcnemar"][0]["permutation_p"] <= 1 and "by sign flips over" in (out / "report.txt").read_text()
+    assert {"majority", "gradient_boosting"} == set(report["references"]) == set(report["natural_references"])
     for view in (report["models"][1]["raw"], report["models"][1]["null"], report["models"][1]["fitted"]):
         wanted = {"accuracy", "macro_f1", "accuracy_ci95", "macro_f1_ci95", "per_class", "confusion", "log_loss"}
         assert wanted | {"brier", "ece"} <= set(view) and set(view["per_class"]) == set(LABELS)
@@ -195,10 +278,35 @@ def test_a_model_that_saw_the_rows_is_refused(run, tiny_adapter, raw, tmp_path):
     assert done.returncode == 2 and "trained on 18 of the 18 evaluation rows; expected none" in done.stderr
     done = run("eval_creditmix.py", *flags, "--allow_overlap", "--fit_calibration", "--label_bias", "Bad=0.3")
     assert done.returncode == 0 and "WARNING: 18 evaluation rows were trained on" in done.stdout, done.stderr[-1500:]
-    assert json.loads((adapter / "calibration.json").read_text())["dev_rows"] > 0
+    calibration = json.loads((adapter / "calibration.json").read_text())
+    assert calibration["dev_rows"] > 0 and calibration["label_bias"]["Bad"] == 0.3
     (adapter / "train_rows.txt").write_text("\n".join(row_hash(TASK6.prompt(r["question"])) for r in rows))
     done = run("eval_creditmix.py", *flags, "--allow_overlap", "--fit_calibration")
     assert done.returncode == 2 and "no development row that it was not trained on" in done.stderr
+
+
+def test_a_text_task_has_tfidf_and_the_untrained_base_as_references(run, tiny, tiny_adapter, tmp_path):
+    task = Task("colours", ("red", "blue"), "Which colour? {input}", ("N/A", ""))
+    adapter = tmp_path / "colours"
+    shutil.copytree(tiny_adapter("sft"), adapter)
+    task.save(adapter / "task.json")
+    (adapter / "calibration.json").unlink()
+    rows = [{"question": f"a {('rose', 'sky')[i % 2]} number {i}", "answer": task.labels[i % 2]} for i in range(90)]
+    write_json(tmp_path / "rows.json", rows)
+    flags = ["--model_dir", adapter, "--data", tmp_path / "rows.json", "--out", tmp_path / "report"]
+    done = run("eval_creditmix.py", *flags, "--class_prior", '{"red": 9, "blue": 1}')
+    assert done.returncode == 0 and f"{tiny}: evaluated as well, the untrained reference" in done.stdout, done.stderr
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["references"]["gradient_boosting"] is None
+    assert report["references"]["tfidf_logistic_regression"]["accuracy"] == 1.0
+    assert [e["model_dir"] for e in report["models"]] == [str(adapter), str(tiny)]
+    assert report["models"][1]["null"]["accuracy"] >= 0 and report["models"][1]["fitted"] is None
+    assert report["class_prior"] == '{"red": 9, "blue": 1}'
+    assert report["models"][0]["calibration"]["class_shares"] == [0.9, 0.1]
+    line = json.loads((tmp_path / "report" / "predictions.jsonl").read_text().splitlines()[0])[str(adapter)]
+    prior = report["models"][0]["prior"]
+    by_hand = [raw - p + np.log(share / 0.5) for raw, p, share in zip(line["raw"], prior, (0.9, 0.1), strict=True)]
+    assert line["scores"] == pytest.approx(by_hand)
 
 
 def test_a_bad_model_is_reported_before_another_is_scored(run, tiny, tiny_adapter, raw, tmp_path):
@@ -226,6 +334,7 @@ def test_a_bad_model_is_reported_before_another_is_scored(run, tiny, tiny_adapte
     [
         (["--val_per_class", "500"], "held-out rows"),
         (["--label_bias", "Great=1"], "--label_bias Great=1: expected LABEL=NUMBER"),
+        (["--class_prior", "none.json"], "none.json: no such file"),
         (["--task", "none.json"], "none.json: no such file"),
         (["--data", "none.json"], "none.json: no such file"),
     ],
@@ -262,6 +371,13 @@ def test_infer_a_file_and_one_row_agree(run, tiny_adapter, jsonl, tmp_path):
     assert sum(one["probabilities"].values()) == pytest.approx(1)
     top = sorted(one["scores"].values())
     assert one["top2_margin"] == pytest.approx(top[-1] - top[-2])
+    shares = {"Good": 0.3, "Standard": 0.5, "Bad": 0.2}
+    flags = ["--features", rows[7]["question"], "--class_prior", json.dumps(shares)]
+    other = json.loads(run("infer_creditmix.py", "--model_dir", tiny_adapter("kd"), *flags).stdout)
+    by_hand = {label: p * shares[label] for label, p in one["probabilities"].items()}
+    assert other["raw_scores"] == pytest.approx(one["raw_scores"], abs=1e-4)
+    total = sum(by_hand.values())
+    assert other["probabilities"] == pytest.approx({k: v / total for k, v in by_hand.items()}, abs=1e-4)
 
 
 def test_infer_reads_standard_input_in_any_folder_and_keeps_the_fields_of_a_row(tiny, tmp_path):
@@ -282,6 +398,7 @@ def test_infer_reads_standard_input_in_any_folder_and_keeps_the_fields_of_a_row(
     [
         (["--features", "  "], "--features: the text is empty"),
         ([], "expected either --features TEXT, or --input FILE with --output FILE"),
+        (["--features", "x", "--class_prior", "natural"], "calibration.json does not record it; expected balanced"),
         (["--features", "x " * 50_000], "tokens; expected at most"),
         (["--input", "none.jsonl", "--output", "o.jsonl"], "none.jsonl: no such file"),
     ],

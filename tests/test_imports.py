@@ -15,7 +15,7 @@ FLOORS = [  # from the ground up; a module may import its own room and what lies
     ("distill.model",),
     ("common",),
     ("distill.tasks",),
-    ("distill.evaluate",),
+    ("distill.evaluate", "distill.calibrate"),
     ("distill.report", "distill.train", "distill.serve", "distill.export"),
     tuple(p.stem for p in ROOT.glob("*.py") if p.stem != "common"),
 ]

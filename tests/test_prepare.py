@@ -178,6 +178,8 @@ def test_split_file_says_what_was_done(small):
     counts = split["counts"]
     assert counts["read"]["rows"] == counts["training"]["rows"] + counts["held_out"]["rows"] == 1500
     assert counts["read"]["customers"] == counts["training"]["customers"] + counts["held_out"]["customers"]
+    natural = {label: (counts["training"][label] + 1) / (counts["training"]["rows"] + 3) for label in TASK.labels}
+    assert split["natural_shares"] == pytest.approx(natural)  # before balancing
     assert counts["written"]["rows"] == 3 * counts["written"]["Good"] == len(lines(out / "creditmix_sft.jsonl"))
     assert "1500 usable rows, 0 dropped" in printed and "held_out" in printed
 

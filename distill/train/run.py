@@ -75,5 +75,7 @@ def run_training(trainer, run: Run, record: dict, earlier_hashes: Iterable[str] 
             history=trainer.state.log_history,
             task=trainer.task,
             scores=scores,
+            train_rows=trainer.train_rows,
+            dev_rows=trainer.dev_rows,
         )
     return record

@@ -8,7 +8,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import Task, fit_and_save
+from common import Task, label_classes, prompt_of
+from distill.calibrate import class_shares, fit_and_save, natural_shares
 from distill.files import UserError, atomic_write, check_row, file_sha256, read_json, write_json
 from distill.model.hub import adapter_sha256
 from distill.run_record import run_record
@@ -144,12 +145,15 @@ def finish_run(
     history: list[dict],
     task: Task | None = None,
     scores: tuple | None = None,
+    train_rows: list[dict] = (),
+    dev_rows: list[dict] = (),
 ) -> None:
     """Write the adapter folder: weights, task, calibration, train_rows.txt, curve, run.json, model card.
 
     model: the PeftModel. weights: its adapter's tensors as they are written. record: fields of run.json; gets "dev".
     hashes: of the rows trained on. history: the trainer's log history.
-    scores: (raw [N, L], prior [L], classes [N]) of development rows, which the calibration is fitted on.
+    scores: (raw [N, L], prior [L], classes [N]) of dev_rows, which the calibration is chosen on, for the class mix of
+    train_rows.
     Errors: UserError for weights that are not finite, before anything is written.
     """
     folder = run.folder
@@ -174,7 +178,11 @@ def finish_run(
         task.save(folder / "task.json")
     if scores:
         raw, prior, y = scores
-        fit = fit_and_save(folder, task, raw, prior, y)
+        gold = [{"answer": row.get("output") or row["answer"]} for row in train_rows]  # a teacher may say otherwise
+        shares = class_shares(label_classes("training rows", gold, "answer", task), len(task.labels))
+        natural = natural_shares(run.data, run.identity["data_sha256"], task)
+        groups = [row.get("group") or prompt_of(row) for row in dev_rows]
+        fit, _ = fit_and_save(folder, task, raw, prior, y, groups, shares, natural)
         record["dev"] = {"rows": len(y), "accuracy": float((fit(raw, prior).argmax(1) == y).mean())}
     draw_curve(history, folder / "curve.png")
     write_json(folder / "run.json", {"status": "finished", **record, **run_record(run.settings)})
