@@ -11,7 +11,8 @@ Environment: BASE_MODEL; SFT_DIR, KD_DIR, DPO_DIR; TASK (data/creditmix_task.jso
 /admin then require the header X-API-Key); DEADLINE (30 seconds per request); MAX_QUEUE (512 rows); MAX_ROW_TOKENS (of
 a row with its prompt: four times the 99th percentile of the training rows, or 1024 if that is unknown); MAX_VRAM_GB
 (the GPU's, less 0.8 under WSL2); PRECISION (auto, nf4, bf16, fp32); OFFLOAD_FOLDER (for layers that fit neither on the
-GPU, in 4 bits, nor in RAM).
+GPU, in 4 bits, nor in RAM); CLASS_PRIOR (the class mix that probabilities are for: natural, balanced, a JSON object of
+shares or a file; default: that of training).
 
 This process speaks HTTP and bounds the queue. A second process owns the models and scores rows of all four in one
 forward pass (distill/serve/engine.py). Nothing is kept on disk.

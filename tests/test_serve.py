@@ -47,6 +47,7 @@ def narrow(tiny, tiny_adapter, tmp_path_factory):
     weights = home / "kd" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     env = {"SFT_DIR": tiny_adapter("sft"), "KD_DIR": home / "kd", "DPO_DIR": home / "dpo"}
+    env["CLASS_PRIOR"] = json.dumps({"Good": 3, "Standard": 5, "Bad": 2})
     with Server(home, BASE_MODEL=tiny, DEADLINE=1, MAX_QUEUE=220, **env) as running:
         yield running
 
@@ -228,6 +229,30 @@ def test_other_origins_are_not_let_in(server):
     assert not [name for name in headers if name.lower().startswith("access-control")]
 
 
+def test_a_class_prior_is_served_and_reported(narrow, tiny_adapter, task):
+    models = narrow.request("GET", "/readyz")[1]["models"]
+    shares = {"Good": 0.3, "Standard": 0.5, "Bad": 0.2}
+    assert models["sft"]["class_prior"] == models["base"]["class_prior"] == pytest.approx(shares)
+    assert models["sft"]["natural_prior"] is None and models["dpo"]["class_prior"] is None
+    (plain,) = offline(tiny_adapter("sft"), task, ["Age: 30.0"], "sft")
+    got = narrow.infer("sft", "Age: 30.0")[1]
+    odds = {label: p * shares[label] for label, p in plain["probabilities"].items()}
+    expected = {label: p / sum(odds.values()) for label, p in odds.items()}
+    assert got["probabilities"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_natural_prior_that_is_not_known_is_logged_and_leaves_the_model_serving(tiny_adapter, task):
+    from types import SimpleNamespace
+
+    from distill.serve.models import LabelModels
+
+    logged = []
+    models = LabelModels(SimpleNamespace(class_prior="natural"), lambda event, **fields: logged.append((event, fields)))
+    own = Calibration.load(tiny_adapter("sft"), task)
+    assert models._calibration(tiny_adapter("sft"), task) == own
+    assert logged[0][0] == "class prior not applied" and "natural_shares" in logged[0][1]["detail"]
+
+
 def test_broken_and_missing_adapters_leave_the_others_serving(narrow):
     status, report, _ = narrow.request("GET", "/readyz")
     states = {name: model["state"] for name, model in report["models"].items()}
@@ -287,6 +312,10 @@ def rewrite(folder, fields, weights=None):
 @pytest.mark.parametrize(
     ("env", "said"),
     [
+        (
+            {"CLASS_PRIOR": '{"Good": 1}'},
+            "environment: CLASS_PRIOR: class prior: expected an object with a number above",
+        ),
         ({"DEADLINE": "soon"}, "environment: DEADLINE: expected a number above 0, got 'soon'"),
         ({"TASK": "nowhere.json"}, "nowhere.json: no such file"),
         ({"PRECISION": "int8"}, "environment: PRECISION: expected one of auto, nf4, bf16, fp32, got 'int8'"),

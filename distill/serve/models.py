@@ -35,7 +35,16 @@ class ServedModel:
     def report(self) -> dict:
         """What /readyz says of it."""
         fit = self.calibration and ("fitted" if self.calibration.fitted else "null")
-        return {"state": self.state, "detail": self.detail, "calibration": fit}
+        return {"state": self.state, "detail": self.detail, "calibration": fit, **self.class_mix()}
+
+    def class_mix(self) -> dict:
+        """The class mix that its probabilities answer for, and that of customers as they come, where it is known."""
+        if not self.calibration:
+            return {"class_prior": None, "natural_prior": None}
+        labels, fit = self.task.labels, self.calibration
+        shares = fit.class_shares or (1 / len(labels),) * len(labels)
+        natural = dict(zip(labels, fit.natural_shares, strict=True)) if fit.natural_shares else None
+        return {"class_prior": dict(zip(labels, shares, strict=True)), "natural_prior": natural}
 
 
 class LabelModels:
@@ -59,7 +68,7 @@ class LabelModels:
         context = getattr(self.model.config, "max_position_embeddings", 2**31)  # a state-space model has no limit
         self.context = context - len(self.scorer.trie.nodes)
         task = self.settings.task
-        calibration = Calibration.load(self.settings.base, task)
+        calibration = self._calibration(self.settings.base, task)
         self.served["base"] = ServedModel("ready", "", "__base__", task, calibration, self._prior(task, "__base__"))
 
     @property
@@ -142,7 +151,7 @@ class LabelModels:
                     f"{shown}/task.json: fields 'labels' and 'template': expected those of the server's task"
                 )
         check_plain(folder)
-        calibration = Calibration.load(folder, task)
+        calibration = self._calibration(folder, task)
         self.model = add_adapter(self.model, folder, adapter)
         self._renew_scorer()
         prior = self._prior(task, adapter)
@@ -152,6 +161,14 @@ class LabelModels:
         if detail:
             self.log("another base than in training", model=name, detail=detail)
         return ServedModel("ready", detail, adapter, task, calibration, prior, training_tokens(folder))
+
+    def _calibration(self, folder: Path | str, task: Task) -> Calibration:
+        """The model's calibration for the class mix of the settings; its own mix where the natural one is not known."""
+        fit, target = Calibration.load(folder, task), self.settings.class_prior
+        if target == "natural" and not fit.natural_shares:
+            self.log("class prior not applied", folder=str(folder), detail="no natural_shares in calibration.json")
+            return fit
+        return fit.for_prior(target, task)
 
     def _remove(self, adapter: str) -> None:
         """Take an adapter out of the model, also one whose load failed half-way and that PEFT has kept."""

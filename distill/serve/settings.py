@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import Task
+from common import Task, read_shares
 from distill.files import ROOT, UserError
 from distill.model.hub import DEFAULT_STUDENT, EMBEDDED
 
@@ -19,6 +19,7 @@ class Settings:
 
     max_queue: rows that may wait. max_row_tokens: of one row with its prompt; None for four times the 99th percentile
     of the training rows. max_vram_gb: GiB that torch may reserve; None for the default. precision: of the base model.
+    class_prior: the class mix to answer for (Calibration.for_prior); None for that of each model's training.
     """
 
     base: str
@@ -30,6 +31,7 @@ class Settings:
     max_row_tokens: float | None
     max_vram_gb: float | None
     precision: str
+    class_prior: str | None
 
     @classmethod
     def from_environment(cls) -> "Settings":
@@ -39,6 +41,12 @@ class Settings:
         if precision not in PRECISIONS:
             raise UserError(f"environment: PRECISION: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
         task = Task.load(os.environ.get("TASK") or ROOT / "data" / "creditmix_task.json")
+        class_prior = os.environ.get("CLASS_PRIOR") or None
+        if class_prior not in (None, "natural", "balanced"):
+            try:
+                read_shares(class_prior, task)
+            except UserError as e:
+                raise UserError(f"environment: CLASS_PRIOR: {e}") from None
         stem = "smollm2" if base == EMBEDDED and task.name == "creditmix" else task.name
         default = {name: ROOT / "runs" / f"{stem}_{name}" for name in MODELS[1:]}
         return cls(
@@ -51,6 +59,7 @@ class Settings:
             max_row_tokens=positive_variable("MAX_ROW_TOKENS", None),
             max_vram_gb=positive_variable("MAX_VRAM_GB", None),
             precision=precision,
+            class_prior=class_prior,
         )
 
 
