@@ -19,6 +19,14 @@ class UserError(Exception):
     """An error that the user can fix. The message is one line: file, line, field, what was expected."""
 
 
+def printable(text):
+    """Text that is safe on a terminal: what is not printable, but for line breaks and tabs, as a Python escape.
+
+    That covers escape sequences, carriage returns and characters that change the direction of the text.
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 def one_line(error):
     """The first line of what an exception says, or its kind where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

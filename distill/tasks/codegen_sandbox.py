@@ -1,16 +1,15 @@
-"""Run generated Python where it can do no harm, and learn whether its tests pass.
+"""Run generated Python in isolation and report whether its tests pass.
 
     from distill.tasks.codegen_sandbox import run_sandboxed
     run_sandboxed("def f(x): return x + 1", "assert f(1) == 2")  # {"kind": "passed", "detail": "", "seconds": 0.04}
 
-This is the parent; codegen_sandbox_child.py is the child, run as `python -I -S` with a job on standard input:
-parent -> warden (new user, network, process, IPC and mount namespaces) -> the code, as process 1 of its own process
-namespace, under Landlock, a system call filter and rlimits. When it ends, the kernel ends whatever it started. Where
-the machine forbids namespaces or has no Landlock, what is left is used and isolation() says so.
+This is the parent; codegen_sandbox_child.py is the child. The code runs in its own namespaces, under Landlock, a system
+call filter and resource limits, and dies with this process. Where the machine forbids namespaces or has no Landlock,
+the rest is used, and describe_isolation() names what is missing.
 
-A verdict counts only with the nonce of the job, so leaving early (`os._exit(0)`), printing or writing to every open
-file proves nothing. The code and its tests share one interpreter, as the tests must call the code: code that searches
-the interpreter's own frames can find the nonce. The score trusts the model not to; the isolation does not.
+A verdict counts only with the nonce of its job, so `os._exit(0)`, printing or writing to every open file proves
+nothing. The code and its tests share one interpreter, as the tests call the code: code that searches the interpreter's
+frames can find the nonce. The score trusts the model not to do that; the isolation does not.
 """
 
 import functools
@@ -29,19 +28,20 @@ from glob import glob
 
 from tqdm import tqdm
 
-from distill.files import UserError
+from distill.files import UserError, printable
 from distill.tasks import codegen_sandbox_child
-from distill.tasks.codegen_sandbox_child import CPU_EXCEEDED, MEMORY, NOBODY, SYSCALLS
+from distill.tasks.codegen_sandbox_child import CPU_EXCEEDED, MACHINES, MEMORY, NOBODY
 
 KINDS = ("passed", "syntax", "wrong answer", "timeout", "exception")
 TIMEOUT = 4  # CPU seconds; the wall limit is WALL_FACTOR times that, so that a busy machine does not change a verdict
 WALL_FACTOR = 3
-LOOK = 0.03  # seconds between two looks at the memory of a sample; a core can fill some 100 MB meanwhile
+MEMORY_INTERVAL = 0.03  # seconds between two measurements of a sample's memory; a core fills about 100 MB in that time
 OUTPUT = 1 << 20  # bytes that may be printed
+DETAIL = 300  # characters
 
 
 class SandboxError(RuntimeError):
-    """The sandbox could not be set up; nothing of the code has run."""
+    """The sandbox could not be set up; none of the code has run."""
 
 
 def run_sandboxed(code, tests, timeout=TIMEOUT):
@@ -54,7 +54,7 @@ def run_sandboxed(code, tests, timeout=TIMEOUT):
 
 
 def run_many(jobs, timeout=TIMEOUT, desc="sandbox"):
-    """Verdicts of [(code, tests), ...] in their order, as many at a time as there are cores, under a progress bar."""
+    """Verdicts of [(code, tests), ...] in their order; one job per core at a time, with a progress bar."""
     isolation()  # probe before the threads do
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         verdicts = pool.map(lambda job: run_sandboxed(*job, timeout=timeout), jobs)
@@ -63,9 +63,9 @@ def run_many(jobs, timeout=TIMEOUT, desc="sandbox"):
 
 @functools.cache
 def isolation():
-    """(namespaces, landlock): what this machine allows, found by trying it once, strongest first.
+    """(namespaces, landlock): what this machine allows, found by trying it once, the strongest first.
 
-    Error: UserError where not even the weakest works. Without namespaces that includes a process limit that holds.
+    Error: UserError if nothing works. Without namespaces, a process limit that holds is required.
     """
     no_fork = "import os\ntry:\n    os.fork()\nexcept OSError:\n    contained = True\n"
     for features in ((True, True), (True, False), (False, True), (False, False)):
@@ -79,22 +79,48 @@ def isolation():
     raise UserError(f"generated code cannot be run safely on this machine: {reason}")
 
 
+def weaknesses():
+    """What this machine's isolation lacks, as phrases; empty if it is full."""
+    namespaces, landlock = isolation()
+    has_children = os.path.exists(f"/proc/self/task/{os.getpid()}/children")
+    missing = {
+        "other processes are reachable": not namespaces,
+        "sockets are reachable": os.uname().machine not in MACHINES,
+        "memory is limited per process, not per sample": namespaces and not has_children,
+        "files the user may write or read are reachable": not landlock,
+    }
+    return [phrase for phrase, applies in missing.items() if applies]
+
+
 def describe_isolation():
     """The isolation level in one line, for the log of whoever runs code."""
     namespaces, landlock = isolation()
-    filtered = os.uname().machine in SYSCALLS
-    have = ["user, network, process, IPC and mount namespaces"] * namespaces + ["Landlock"] * landlock
-    have += ["seccomp"] * filtered + ["rlimits"]
-    lost = ["other processes are reachable"] * (not namespaces)
-    lost += ["sockets are reachable"] * (not filtered)
-    known = os.path.exists(f"/proc/self/task/{os.getpid()}/children")
-    lost += ["memory is limited a process, not a sample"] * (namespaces and not known)
-    lost += ["files the user may write or read are reachable"] * (not landlock)
-    return "sandbox: " + ", ".join(have) + (f" (weak: {'; '.join(lost)})" if lost else "")
+    parts = ["user, network, process, IPC and mount namespaces"] * namespaces + ["Landlock"] * landlock
+    parts += ["seccomp"] * (os.uname().machine in MACHINES) + ["rlimits"]
+    return "sandbox: " + ", ".join(parts) + (f" (weak: {'; '.join(weaknesses())})" if weaknesses() else "")
+
+
+def require_isolation(level):
+    """Check the isolation before code is run: "full" refuses a machine with weaknesses(), "any" accepts it.
+
+    Returns describe_isolation(). Errors: UserError.
+    """
+    if level == "full" and weaknesses():
+        raise UserError(f"{describe_isolation()}; expected full isolation (--require_isolation any accepts this)")
+    return describe_isolation()
+
+
+def add_isolation_argument(parser, default="any"):
+    parser.add_argument(
+        "--require_isolation",
+        choices=["full", "any"],
+        default=default,
+        help=f"full refuses to run code on a machine whose sandbox is weak (default {default})",
+    )
 
 
 def run_once(code, tests, timeout, namespaces, landlock):
-    """One child with exactly the isolation asked for; SandboxError if it cannot have it."""
+    """One child with exactly this isolation; SandboxError if the machine does not allow it."""
     nonce, start = secrets.token_hex(16), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="codegen_", ignore_cleanup_errors=True) as folder:
         if os.getuid() == 0:
@@ -107,38 +133,38 @@ def run_once(code, tests, timeout, namespaces, landlock):
             env={"PATH": "/usr/bin:/bin", "HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8"},
             start_new_session=True,
         )
-        said = bytearray()
+        reported = bytearray()
         try:
-            job = marshal.dumps((nonce, code, tests, folder, namespaces, landlock, timeout))
+            job = marshal.dumps((os.getpid(), nonce, code, tests, folder, namespaces, landlock, timeout))
             try:
                 child.stdin.write(job)
                 child.stdin.close()
-            except BrokenPipeError:  # the child died at start-up; listen() hears why
+            except BrokenPipeError:  # the child died at start-up; its standard error says why
                 pass
-            stopped, printed = listen(child, said, start + WALL_FACTOR * timeout)
+            stopped, printed = read_channels(child, reported, start + WALL_FACTOR * timeout)
         finally:
-            kill(child, said)
-    verdict = verdict_of(nonce, said.decode(errors="replace"), stopped, child.returncode)
+            kill(child, reported)
+    verdict = read_verdict(nonce, reported.decode(errors="replace"), stopped, child.returncode)
     if verdict is None:
         raise SandboxError(printed.decode(errors="replace").strip().split("\n")[-1] or f"exit {child.returncode}")
     return {"kind": verdict[0], "detail": verdict[1], "seconds": round(time.monotonic() - start, 3)}
 
 
-def listen(child, said, deadline):
-    """Read both channels until they close, `deadline`, OUTPUT bytes or MEMORY; `said` collects the verdict's.
+def read_channels(child, reported, deadline):
+    """Read both channels until they close, `deadline`, OUTPUT bytes or MEMORY; `reported` collects the verdict's.
 
     Returns (why it stopped early or "", the first bytes printed).
     """
-    printed, size, look = bytearray(), 0, time.monotonic() + LOOK
+    printed, size, measure_at = bytearray(), 0, time.monotonic() + MEMORY_INTERVAL
     with selectors.DefaultSelector() as channels:
         channels.register(child.stdout, selectors.EVENT_READ)
         channels.register(child.stderr, selectors.EVENT_READ)
         while channels.get_map():
-            ready = channels.select(max(min(deadline, look) - time.monotonic(), 0))
-            if time.monotonic() >= look:
+            ready = channels.select(max(min(deadline, measure_at) - time.monotonic(), 0))
+            if time.monotonic() >= measure_at:
                 if over_memory(child.pid):
                     return "memory", printed
-                look = time.monotonic() + LOOK
+                measure_at = time.monotonic() + MEMORY_INTERVAL
             if not ready and time.monotonic() >= deadline:
                 return "timeout", printed
             for key, _ in ready:
@@ -147,7 +173,7 @@ def listen(child, said, deadline):
                 if not chunk:
                     channels.unregister(key.fileobj)
                 elif key.fileobj is child.stdout:
-                    said += chunk
+                    reported += chunk
                 elif len(printed) < 4096:
                     printed += chunk
                 if size > OUTPUT:
@@ -156,30 +182,30 @@ def listen(child, said, deadline):
 
 
 def over_memory(warden):
-    """Whether the processes below the warden hold more than MEMORY together, a sum that no rlimit knows.
+    """Whether the warden's descendants hold more than MEMORY together, a sum that no rlimit limits.
 
-    Whatever a sample starts stays below its warden: the process namespace sees to it, and without one nothing starts.
+    Whatever a sample starts stays a descendant: process 1 adopts its orphans, and without one nothing starts.
     """
-    for exact in (False, True, True):  # twice: what a process shares counts again if it ends while the sum is taken
+    for exact in (False, True, True):  # exact twice: a page is counted again if a process that shares it ends meanwhile
         found = [warden]
         for pid in found:  # grows meanwhile
-            found += [p for path in glob(f"/proc/{pid}/task/*/children") for p in of_process(path).split()]
+            found += [child for path in glob(f"/proc/{pid}/task/*/children") for child in read_proc(path).split()]
         if sum(memory_held(pid, exact) for pid in found[1:]) <= MEMORY:
             return False
     return True
 
 
 def memory_held(pid, exact):
-    """Bytes of a process, 0 when it is gone. exact: a page of k processes counts 1/k; takes the kernel longer."""
-    share = of_process(f"/proc/{pid}/smaps_rollup").partition("\nPss:")[2].split() if exact else []
+    """Resident bytes of a process, 0 if it has ended. exact: a page of k processes counts 1/k, which is slower."""
+    share = read_proc(f"/proc/{pid}/smaps_rollup").partition("\nPss:")[2].split() if exact else []
     if share:
         return int(share[0]) << 10
-    pages = of_process(f"/proc/{pid}/statm").split()
+    pages = read_proc(f"/proc/{pid}/statm").split()
     return int(pages[1]) * resource.getpagesize() if pages else 0
 
 
-def of_process(path):
-    """Text of a file in /proc; "" when the process is gone or keeps it to itself."""
+def read_proc(path):
+    """Text of a file in /proc; "" if the process has ended or its file is unreadable."""
     try:
         with open(path) as f:
             return f.read()
@@ -187,10 +213,10 @@ def of_process(path):
         return ""
 
 
-def kill(child, said):
-    """End the code by its own process id (it may have left the group), then the warden; return when both are gone."""
-    first = said.partition(b"\n")[0].split()
-    if first[:1] == [b"pid"] and child.poll() is None:  # while the warden lives the id is still the code's
+def kill(child, reported):
+    """End the code, then the warden; return when both are gone."""
+    first = reported.partition(b"\n")[0].split()  # see fork_bound()
+    if first[:1] == [b"pid"] and child.poll() is None:  # as long as the warden lives, no other process gets this id
         with suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.kill(int(first[1]), 9)
             child.wait(2)  # the warden leaves when the code and all it started are gone
@@ -201,14 +227,16 @@ def kill(child, said):
     child.stderr.close()
 
 
-def verdict_of(nonce, said, stopped, returncode):
-    """(kind, detail) from what the child said; None where it never came as far as the code."""
-    lines = [line.removeprefix(f"{nonce} ") for line in said.split("\n") if line.startswith(f"{nonce} ")]
+def read_verdict(nonce, reported, stopped, returncode):
+    """(kind, detail) from what the child reported; None if it did not get as far as the code.
+
+    The code may have found the nonce, so kind and detail are only what a verdict can be.
+    """
+    lines = [line.removeprefix(f"{nonce} ") for line in reported.split("\n") if line.startswith(f"{nonce} ")]
     if "ready" not in lines:
         return None
-    if len(lines) > 1:
-        kind, _, detail = lines[1].partition("\t")
-        return kind, detail
+    if len(lines) > 1 and (verdict := lines[1].partition("\t"))[0] in KINDS:
+        return verdict[0], printable(verdict[2])[:DETAIL]
     if stopped == "output":
         return "exception", f"printed more than {OUTPUT >> 20} MiB"
     if stopped == "memory":
