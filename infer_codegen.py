@@ -17,10 +17,10 @@ from collections import Counter
 from pathlib import Path
 
 from common import load_model
-from distill.files import UserError, cli, read_text, write_jsonl
+from distill.files import UserError, cli, printable, read_text, write_jsonl
 from distill.tasks.codegen_reply import Screen, TokenStream, only_code
 from distill.tasks.codegen_samples import Sampling, add_sampling_arguments, sample, sample_to_file
-from distill.tasks.codegen_sandbox import describe_isolation, run_many
+from distill.tasks.codegen_sandbox import add_isolation_argument, require_isolation, run_many
 from distill.tasks.codegen_tasks import parse_tests, program, read_tasks
 
 
@@ -33,7 +33,7 @@ def main(args):
         if task.get("tests"):
             parse_tests(task["tests"], f"{args.data}: task {task['task_id']}")
     if tests is not None or any(t.get("tests") for t in tasks):
-        print(describe_isolation(), file=sys.stderr)
+        print(require_isolation(args.require_isolation), file=sys.stderr)
     model, tokenizer = load_model(args.model_dir, args.precision)
     if args.data:
         write_batch(model, tokenizer, args.model_dir, tasks, sampling, args.out)
@@ -83,7 +83,7 @@ def answer(model, tokenizer, prompt: str, sampling: Sampling, tests: str | None,
             if not stream:
                 show(row, prompt, title, verdict, as_json)
             elif not screen.shown and row["code"]:
-                print(row["code"])
+                print(printable(row["code"]))
     if tests is not None:
         print(f"no sample passes the tests: {dict(kinds)}", file=sys.stderr)
         sys.exit(1)
@@ -101,9 +101,9 @@ def show(row: dict, prompt: str, title: str, verdict: dict | None, as_json: bool
         print(json.dumps({"prompt": prompt, **fields, **({"verdict": verdict} if verdict else {})}))
         return
     if row["plan"]:
-        print(f"plan:\n{row['plan']}\n", file=sys.stderr)
+        print(f"plan:\n{printable(row['plan'])}\n", file=sys.stderr)
     if row["code"]:
-        print(title + row["code"], flush=True)
+        print(title + (printable(row["code"]) if sys.stdout.isatty() else row["code"]), flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,4 +145,5 @@ if __name__ == "__main__":
     p.add_argument("--out", "--output", type=Path, help="JSONL of samples for --data; a stopped run continues it")
     p.add_argument("--precision", choices=["auto", "nf4", "bf16", "fp32"], default="auto", help="of the base model")
     add_sampling_arguments(p)
+    add_isolation_argument(p)
     cli(main, p)

@@ -41,6 +41,9 @@ def cli(main, parser):
     """
     parser.allow_abbrev = False
     parser.error = lambda message: parser.exit(2, f"error: {message} (--help lists the flags)\n")
+    for argument in sys.argv[1:]:
+        if any("\ud800" <= c <= "\udfff" for c in argument):  # how Python passes on bytes that are not UTF-8
+            parser.error(f"argument {argument!r}: expected UTF-8")
     args = parser.parse_args()
     if int(os.environ.get("RANK", 0)):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -60,7 +63,7 @@ def cli(main, parser):
     if "tqdm" in sys.modules:  # an open progress bar would share its line with the error
         for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
             bar.close()
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {printable(message)}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -16,7 +16,8 @@ import pytest
 
 import infer_codegen
 from common import row_hash
-from distill.files import ROOT, UserError
+from distill.files import ROOT, UserError, printable
+from distill.tasks import codegen_sandbox
 from distill.tasks.codegen_reply import Screen, extract_code
 from distill.tasks.codegen_samples import Sampling
 from distill.tasks.codegen_sandbox import run_sandboxed
@@ -435,12 +436,103 @@ def test_infer_refuses_mbpp_without_tests(here, jsonl, tmp_path, asserts):
         (["--prompt", "x", "--input", "y"], "expected --prompt TEXT, or --data"),
         (["--prompt", "x", "--tests", "missing.py"], "missing.py: no such file"),
         (["--prompt", "x", "--n", "3", "--temperature", "0"], "expected 0.01 to 100"),
+        (["--prompt", "x", "--n", "0"], "--n 0: expected at least 1"),
+        (["--prompt", "x", "--batch_size", "0"], "--batch_size 0: expected at least 1"),
+        (["--prompt", os.fsdecode(b"caf\xe9")], r"argument 'caf\udce9': expected UTF-8"),
     ],
 )
 def test_infer_bad_arguments(here, arguments, message):
     r = here("infer_codegen.py", "--model_dir", "never_loaded", *arguments)
     assert r.returncode == 2
     assert message in r.stderr
+    assert r.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("field", ["prompt", "tests", "task_id"])
+def test_infer_refuses_rows_with_half_a_character(here, jsonl, tmp_path, field):
+    row = {"prompt": "x", "tests": "assert f() == ''", field: "assert f() == '\ud800'"}
+    r = here("infer_codegen.py", "--model_dir", "x", "--input", jsonl("m.jsonl", [row]), "--output", tmp_path / "o")
+    assert r.returncode == 2
+    assert f"field '{field}': half a character" in r.stderr
+    assert r.stderr.count("\n") == 1
+
+
+ESCAPES = "\x1b[2J\x9b2J\u202e"  # clear the screen, twice; write from right to left
+SHOWN = r"\x1b[2J\x9b2J\u202e"
+
+
+def test_printable():
+    assert printable(ESCAPES) == SHOWN
+    assert printable("a\rb\x07\n\té\ud800") == "a\\rb\\x07\n\té\\ud800"
+
+
+def test_infer_prints_no_terminal_escapes(says, monkeypatch):
+    """A pipe or file gets the code as it is, a terminal as a reader should see it."""
+    reply = f"```python\ndef one():\n    return '{ESCAPES}é\t'\n```"
+    code = f"def one():\n    return '{ESCAPES}é\t'\n"
+    assert says([reply]) == (0, code, "")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert says([reply]) == (0, code.replace(ESCAPES, SHOWN), "")
+    assert says([reply] * 2)[1] == says([reply.replace(ESCAPES, SHOWN)] * 2)[1]
+    assert says([reply], tests="assert one()")[1] == code.replace(ESCAPES, SHOWN)
+    screen = Screen()
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        screen.plan(f"1. {ESCAPES}")
+        screen.reply(reply, stream_end=True)
+    assert out.getvalue() == code.replace(ESCAPES, SHOWN)
+    assert err.getvalue() == f"1. {SHOWN}"
+
+
+def test_infer_prints_a_plan_without_terminal_escapes(capsys):
+    infer_codegen.show({"plan": f"1. {ESCAPES}", "code": "x = 1"}, "x", "", None, as_json=False)
+    assert capsys.readouterr() == ("x = 1\n", f"plan:\n1. {SHOWN}\n\n")
+
+
+# The isolation that is required
+
+
+@pytest.fixture
+def weak(monkeypatch):
+    monkeypatch.setattr(codegen_sandbox, "isolation", lambda: (False, False))
+
+
+REFUSED = "error: sandbox: seccomp, rlimits (weak: other processes are reachable; files the user may write or read are"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("eval_codegen.py", "--reference"),
+        ("eval_codegen.py", "--model_dir", "never_loaded", "--out_dir", "x"),
+        ("infer_codegen.py", "--model_dir", "never_loaded", "--prompt", "x", "--tests", "TESTS"),
+        ("codegen_prepare.py", "--out_dir", "never_written"),
+    ],
+)
+def test_weak_isolation_is_refused(here, weak, tmp_path, command):
+    tests = tmp_path / "t.py"
+    tests.write_text("assert f()")
+    command = [tests if word == "TESTS" else word for word in command]
+    r = here(*command, "--require_isolation", "full")
+    assert r.returncode == 2
+    assert r.stderr.startswith(REFUSED)
+    assert r.stderr.endswith("expected full isolation (--require_isolation any accepts this)\n")
+    assert r.stderr.count("\n") == 1 and r.stdout == ""
+
+
+@pytest.mark.parametrize(("uid", "level"), [(0, "full"), (1000, "any")])
+def test_eval_requires_full_isolation_as_root(here, weak, monkeypatch, uid, level):
+    monkeypatch.setattr(os, "getuid", lambda: uid)
+    r = here("eval_codegen.py")  # without --model_dir, which is asked for later
+    assert r.returncode == 2
+    assert r.stderr.startswith(REFUSED if level == "full" else "error: expected --model_dir")
+    assert r.stdout.startswith("sandbox: ") == (level == "any")
+    r = here("eval_codegen.py", "--require_isolation", "any")
+    assert r.stderr.startswith("error: expected --model_dir")
+
+
+def test_infer_without_tests_runs_no_code_and_requires_nothing(here, weak):
+    r = here("infer_codegen.py", "--model_dir", "never/loaded", "--prompt", "x", "--require_isolation", "full")
+    assert "sandbox" not in r.stderr and "never/loaded" in r.stderr
 
 
 def test_infer_tests_that_do_not_parse(run, tmp_path):

@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from distill.files import printable
+
 FENCE = r"^[ \t]*```"  # opens or closes a block; what follows an opening one has no further backtick
 DEFINITION = r"^\s*(?:async def|def|class) "
 
@@ -85,7 +87,7 @@ class Screen:
         self.line, self.held, self.fenced, self.shown, self.done = "", [], False, False, False
 
     def plan(self, text, stream_end=False):
-        print(text, end="\n" * stream_end, file=sys.stderr, flush=True)
+        print(printable(text), end="\n" * stream_end, file=sys.stderr, flush=True)
 
     def reply(self, text, stream_end=False):
         *lines, self.line = (self.line + text).split("\n")
@@ -95,5 +97,5 @@ class Screen:
             elif self.fenced and not self.done:
                 self.held.append(line)
                 if self.shown or re.match(DEFINITION, line):
-                    print("\n".join(self.held), flush=True)
+                    print(printable("\n".join(self.held)), flush=True)
                     self.held, self.shown = [], True

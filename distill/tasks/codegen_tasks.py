@@ -58,7 +58,9 @@ def read_tasks(path):
             tests = row.get("tests") or ""
             tests = tests if isinstance(tests, str) else "\n".join(map(str, tests))
             task = {**row, "tests": tests if tests.strip() else ""}
-        tasks.append({"task_id": str(row.get("task_id", i)), **{k: v for k, v in task.items() if k != "task_id"}})
+        task = {"task_id": str(row.get("task_id", i)), **{k: v for k, v in task.items() if k != "task_id"}}
+        check_row(place, task, {}, dict.fromkeys(("task_id", "prompt", "tests", "solution", "plan"), str))
+        tasks.append(task)
     return tasks
 
 
