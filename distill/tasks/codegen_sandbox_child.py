@@ -24,7 +24,7 @@ PROCESSES = 16  # processes and threads of the code
 NOBODY = 65534  # root has no process limit and may read everything, so root's code runs as this user
 CPU_EXCEEDED = 124  # exit code of the warden, as in timeout(1)
 
-SIGINT, SIGKILL = 2, 9
+SIGINT, SIGKILL, SIGXCPU = 2, 9, 24
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = (
     0x00020000, 0x02000000, 0x04000000, 0x08000000, 0x10000000, 0x20000000, 0x40000000,
@@ -82,7 +82,7 @@ def main():
         pid = fork_bound(libc, verdict_fd)
     if pid:
         exit_code, used = wait_for(pid)
-        exceeded = exit_code == -SIGKILL and used > 0.9 * cpu_seconds
+        exceeded = exit_code == -SIGXCPU or (exit_code == -SIGKILL and used > 0.8 * cpu_seconds)
         os._exit(CPU_EXCEEDED if exceeded else 1 if exit_code else 0)
     os.setsid()  # leave the warden's process group, which the code could kill otherwise
     limit_resources(cpu_seconds, PROCESSES + 2 if namespaces else 0)  # the warden and process 1 count too
@@ -172,9 +172,13 @@ def enter_namespaces(libc, folder):
 
 
 def limit_resources(cpu_seconds, processes):
-    """Set the limits of the code. Without a process namespace, `processes` is 0: an orphan could not be found again."""
+    """Set the limits of the code. Without a process namespace, `processes` is 0: an orphan could not be found again.
+
+    The kernel sends SIGXCPU at `cpu_seconds` and, if the code ignores that, SIGKILL a second later. The limit counts
+    timer ticks, so on a busy machine the measured time of the process may be a tenth below or above.
+    """
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 1))
     for limit, value in (
-        (resource.RLIMIT_CPU, cpu_seconds),
         (resource.RLIMIT_AS, MEMORY),
         (resource.RLIMIT_FSIZE, FILE_SIZE),
         (resource.RLIMIT_NPROC, processes),
