@@ -31,7 +31,7 @@ from common import load_model, prompt_ids
 from distill.files import ROOT, UserError, cli
 from distill.model.generate import generate
 from distill.model.hub import EMBEDDED, embedded_student
-from distill.model.sampling import mask_forbidden, ranked_tokens
+from distill.model.sampling import bit_masks, forbid, ranked_tokens
 from distill.tasks.idp_decode import Constraint, DocumentDecoder, Vocabulary
 from distill.tasks.idp_schema import check_schema, parse_valid, validator
 
@@ -53,7 +53,7 @@ def random_documents(constraint, rows, budget, rng, bias):
     for _ in range(budget):
         scores = torch.from_numpy(rng.standard_normal((rows, n_vocab), dtype=np.float32))
         scores[::2] += bias
-        ranked = ranked_tokens(mask_forbidden(scores, decoders), 0.0, None)
+        ranked = ranked_tokens(forbid(scores, torch.from_numpy(bit_masks(decoders))), 0.0, None)
         for decoder, best in zip(decoders, ranked, strict=True):
             decoder.choose(best)
         if all(decoder.done for decoder in decoders):

@@ -17,7 +17,7 @@ from common import load_model, prompt_ids
 from distill.files import UserError, cli
 from distill.model.chat_template import escape_special_tokens
 from distill.model.hub import embedded_student
-from distill.model.sampling import mask_forbidden, ranked_tokens
+from distill.model.sampling import bit_masks, forbid, ranked_tokens
 from distill.tasks.idp_decode import Constraint, DocumentDecoder, Vocabulary, closing, generate_texts
 from distill.tasks.idp_documents import extract, idp_prompt, merge, pieces_of, shorten_lists, split_document
 from distill.tasks.idp_schema import check_schema, in_schema_order, parse_valid, validator
@@ -56,7 +56,7 @@ GENERATE_VALID = "distill.tasks.idp_documents.generate_valid"
 def step(decoders, scores, temperature=0.0):
     """One token for each decoder, as the generation loop chooses them."""
     uniform = torch.rand(len(scores)) if temperature else None
-    ranked = ranked_tokens(mask_forbidden(scores, decoders), temperature, uniform)
+    ranked = ranked_tokens(forbid(scores, torch.from_numpy(bit_masks(decoders))), temperature, uniform)
     return [decoder.choose(best) for decoder, best in zip(decoders, ranked, strict=True)]
 
 

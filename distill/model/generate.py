@@ -7,16 +7,18 @@ The decoding settings are stated here and nowhere else. Of a checkpoint's genera
 repetition penalty, top-k or top-p that ships with a model does not apply.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-import numpy as np
 import torch
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.files import UserError
-from distill.model.sampling import Processor, mask_forbidden, next_tokens, random_numbers, ranked_tokens
+from distill.model.continuous_batching import generate_continuously
+from distill.model.sampling import Processor, Request, random_numbers
+from distill.model.slot_cache import KeyShape, key_shape
+from distill.model.transformers_generate import generate_in_batches
 
 UNLIMITED = 2**31  # the context of a state-space model
 
@@ -30,28 +32,7 @@ class Reply:
     ended: bool
 
 
-@dataclass
-class Request:
-    """One sequence to generate: sample `sample` of prompt number `prompt`."""
-
-    prompt: int
-    sample: int
-    ids: list[int]
-    max_new_tokens: int
-    uniform: np.ndarray
-    processor: Processor | None
-    tokens: list[int] = field(default_factory=list)
-    ended: bool = False
-
-    def accept(self, token: int, ends: set[int]) -> bool:
-        """Append a token unless it ends the text; whether the sequence goes on."""
-        if token in ends:
-            self.ended = True
-        else:
-            self.tokens.append(token)
-        return not self.ended and len(self.tokens) < self.max_new_tokens
-
-
+@torch.inference_mode()
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -68,41 +49,46 @@ def generate(
 ) -> list[list[Reply]]:
     """n replies for each prompt, a list of token ids.
 
-    max_new_tokens: for all prompts, or one per prompt. batch_size: sequences at once.
+    max_new_tokens: for all prompts, or one per prompt. batch_size: sequences at once, fewer where memory ends.
     processor: makes the grammar of a sequence of prompt i. temperature: 0 is greedy.
     seed: of the sampling, for all prompts or one per prompt. A sample depends on its seed, prompt number and sample
     number only, not on the batch; with one seed per prompt the prompt number plays no part.
     on_token(i, k, token), on_reply(i, k, reply): called for sample k of prompt i as they come.
-    Error: UserError for a prompt that leaves no room for max_new_tokens in the model's context.
+    Errors: UserError for a prompt that leaves no room for max_new_tokens in the model's context;
+    torch.OutOfMemoryError where a single sequence does not fit.
     """
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     seeds = [(seed, i) for i in range(len(prompts))] if isinstance(seed, int) else [(s,) for s in seed]
-    context = context_length(model)
-    for ids, limit in zip(prompts, limits, strict=True):
-        if len(ids) + limit > context:
-            most = context - limit
-            raise UserError(f"prompt of {len(ids)} tokens: expected at most {most}, the context less {limit} new ones")
-    jobs = [(i, k) for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])) for k in range(n)]
-    ends, replies = end_tokens(model, tokenizer), {}
-    for start in range(0, len(jobs), batch_size):
-        batch = [
-            Request(
-                i,
-                k,
-                prompts[i],
-                limits[i],
-                random_numbers([*seeds[i], k], limits[i] if temperature else 0),
-                processor(i) if processor else None,
-            )
-            for i, k in jobs[start : start + batch_size]
-        ]
-        decode_batch(model, tokenizer.pad_token_id, batch, ends, temperature, on_token)
-        for request in batch:
-            text = tokenizer.decode(request.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            reply = Reply(text, request.tokens, request.ended)
-            replies[request.prompt, request.sample] = reply
-            if on_reply:
-                on_reply(request.prompt, request.sample, reply)
+    check_context(model, prompts, limits)
+    replies = {}
+
+    def finish(request: Request) -> None:
+        text = tokenizer.decode(request.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        reply = replies[request.prompt, request.sample] = Reply(text, request.tokens, request.ended)
+        if on_reply:
+            on_reply(request.prompt, request.sample, reply)
+
+    left = [
+        Request(i, k, ids, limit, random_numbers([*own, k], limit if temperature else 0), processor, on_token)
+        for i, (ids, limit, own) in enumerate(zip(prompts, limits, seeds, strict=True))
+        for k in range(n)
+    ]
+    ends, pad, shape = end_tokens(model, tokenizer), tokenizer.pad_token_id, slot_shape(model)
+    while left:
+        size = min(batch_size, len(left))
+        try:
+            if shape:
+                generate_continuously(model, shape, left, size, pad, ends, temperature, finish)
+            else:
+                generate_in_batches(model, left, size, pad, ends, temperature, finish)
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+            batch_size = size // 2
+            print(f"out of memory with {size} sequences at once: continuing with {batch_size}", file=sys.stderr)
+        left = [r for r in left if (r.prompt, r.sample) not in replies]
+        for request in left:
+            request.restart()
     return [[replies[i, k] for k in range(n)] for i in range(len(prompts))]
 
 
@@ -111,84 +97,28 @@ def context_length(model: PreTrainedModel) -> int:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or UNLIMITED
 
 
+def check_context(model: PreTrainedModel, prompts: Sequence[list[int]], limits: Sequence[int]) -> None:
+    """UserError for a prompt that leaves no room for its reply."""
+    context = context_length(model)
+    for ids, limit in zip(prompts, limits, strict=True):
+        if len(ids) + limit > context:
+            most = context - limit
+            raise UserError(f"prompt of {len(ids)} tokens: expected at most {most}, the context less {limit} new ones")
+
+
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Ids that end an answer: the tokenizer's, and all of the checkpoint's (Gemma's <end_of_turn> is only there)."""
-    own = base_model(model).generation_config.eos_token_id
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = base.generation_config.eos_token_id
     return {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
 
 
-def base_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The model itself, without PEFT's wrapper; its layers keep their adapters."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-@contextlib.contextmanager
-def without_generation_config(model: PreTrainedModel) -> Iterator[None]:
-    """Within it transformers' generate does not read the decoding settings of the checkpoint."""
-    own, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
-@torch.inference_mode()
-def decode_batch(
-    model: PreTrainedModel,
-    pad: int,
-    requests: list[Request],
-    ends: set[int],
-    temperature: float,
-    on_token: Callable[[int, int, int], None] | None = None,
-) -> None:
-    """Complete the requests by transformers' generate, in one batch."""
-    model, width = base_model(model), max(len(r.ids) for r in requests)
-    ids = torch.tensor([[pad] * (width - len(r.ids)) + r.ids for r in requests], device=model.device)
-    mask = torch.tensor([[0] * (width - len(r.ids)) + [1] * len(r.ids) for r in requests], device=model.device)
-    with without_generation_config(model):
-        model.generate(
-            ids,
-            attention_mask=mask,
-            do_sample=False,
-            max_new_tokens=max(r.max_new_tokens for r in requests),
-            eos_token_id=sorted(ends),
-            pad_token_id=pad,
-            logits_processor=[NextToken(requests, ends, temperature, on_token)],
-        )
-
-
-class NextToken(LogitsProcessor):
-    """Chooses every row's next token and leaves no other to transformers' generate."""
-
-    def __init__(self, requests, ends, temperature, on_token=None):
-        self.requests, self.ends, self.temperature, self.on_token = requests, ends, temperature, on_token
-        self.active = list(range(len(requests)))
-        self.step = 0
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        chosen = torch.full((len(scores),), min(self.ends), device=scores.device)
-        requests = [self.requests[row] for row in self.active]
-        if requests:
-            tokens = choose(scores[self.active], requests, self.temperature, self.step)
-            chosen[self.active] = torch.tensor(tokens, device=scores.device)
-            going = []
-            for row, request, token in zip(self.active, requests, tokens, strict=True):
-                if request.accept(token, self.ends):
-                    going.append(row)
-                if self.on_token and not request.ended:
-                    self.on_token(request.prompt, request.sample, token)
-            self.active = going
-        self.step += 1
-        return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
-
-
-def choose(logits: torch.Tensor, requests: list[Request], temperature: float, step: int) -> list[int]:
-    """The next token of each request for logits [N, V], by its processor where it has one."""
-    uniform = None
-    if temperature:
-        uniform = torch.tensor([r.uniform[step] for r in requests], device=logits.device)
-    processors = [r.processor for r in requests]
-    if processors[0] is None:
-        return next_tokens(logits, temperature, uniform).tolist()
-    ranked = ranked_tokens(mask_forbidden(logits, processors), temperature, uniform)
-    return [p.choose(best) for p, best in zip(processors, ranked, strict=True)]
+def slot_shape(model: PreTrainedModel) -> KeyShape | None:
+    """The shape of a preallocated cache for `model`; None, with a notice, where transformers' generate must do."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not hasattr(base, "slot_shape"):
+        found = key_shape(base)
+        base.slot_shape = found if isinstance(found, KeyShape) else None
+        if base.slot_shape is None:
+            print(f"generating by transformers' generate, which is slower: {found}", file=sys.stderr)
+    return base.slot_shape

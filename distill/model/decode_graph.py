@@ -1,0 +1,112 @@
+"""One decoding step for many sequences, captured in CUDA graphs at stepped sizes where there is a GPU.
+
+Launching the kernels of a step takes ten times as long as computing it, so a step is recorded once per size (rows,
+columns that attention sees) and replayed. The graphs share one memory pool.
+"""
+
+import sys
+
+import torch
+from transformers import PreTrainedModel
+
+from distill.files import one_line
+from distill.model.sampling import sample
+from distill.model.slot_cache import SlotCache, decode_one
+
+BURST = 8  # steps between two looks at the tokens: what a sequence that has ended may cost
+SHORTEST = 256  # columns of the first step size
+
+
+class DecodeStep:
+    """Steps over the first rows of a SlotCache. The state (tokens, positions, random numbers) is on the device.
+
+    limit: tokens that a sequence may get. It does not hold the model, which may hold it.
+    """
+
+    def __init__(self, cache: SlotCache, limit: int):
+        device, slots = cache.shape.device, cache.slots
+        self.cache, self.limit = cache, limit
+        self.graphed = device.type == "cuda"
+        self.burst = BURST if self.graphed else 1
+        self.state = torch.zeros(3, slots, dtype=torch.long, device=device)  # last token, its position, tokens so far
+        self.uniform = torch.zeros(slots, limit + self.burst, device=device)
+        self.temperature = torch.ones((), device=device)
+        self.graphs, self.outputs, self.pool = {}, {}, None
+
+    def load(self, tokens: list[int], positions: list[int], counts: list[int]) -> None:
+        """Set the state of the first rows: last token, its position, and the number of tokens so far."""
+        unused = self.cache.slots - len(tokens)  # rows without a sequence write where none reads
+        state = [tokens + [0] * unused, positions + [self.cache.capacity - 1] * unused, counts + [0] * unused]
+        state = torch.tensor(state)
+        self.state.copy_(state.pin_memory() if self.graphed else state, non_blocking=True)
+
+    def tokens(self, model: PreTrainedModel, rows: int, last: int, steps: int, sampled: bool) -> list[list[int]]:
+        """`steps` lists of the next token of each row. last: the highest position that is written."""
+        found = []
+        for _ in range(steps):
+            self.run(model, rows, last + 1, "sample" if sampled else "greedy")
+            found.append(self.state[0, :rows].clone())
+        return torch.stack(found).tolist()
+
+    def logits(self, model: PreTrainedModel, rows: int, last: int) -> torch.Tensor:
+        """Logits [rows, V] after each row's last token; the caller may change them, and chooses the next tokens."""
+        return self.run(model, rows, last + 1, "logits")[:rows]
+
+    def run(self, model: PreTrainedModel, rows: int, length: int, kind: str) -> torch.Tensor | None:
+        """step(), from a graph where there are graphs."""
+        if not self.graphed:
+            return self.step(model, rows, length, kind)
+        key = (stepped(rows, 1, self.cache.slots), stepped(length, SHORTEST, self.cache.capacity), kind)
+        if key not in self.graphs:
+            try:
+                self.capture(model, key)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as e:
+                self.release()
+                self.graphed = False
+                print(f"decoding without CUDA graphs: {one_line(e)[:160]}", file=sys.stderr)
+                return self.step(model, rows, length, kind)
+        self.graphs[key].replay()
+        return self.outputs[key]
+
+    def step(self, model: PreTrainedModel, rows: int, length: int, kind: str) -> torch.Tensor | None:
+        """One step of the first rows, on the device alone. kind: "logits" gives them; "greedy" and "sample" go on."""
+        tokens, positions, counts = self.state[:, :rows]
+        logits = decode_one(model, tokens, self.cache, positions, length)
+        if kind == "logits":
+            return logits
+        if kind == "sample":
+            chosen = sample(logits, self.temperature, self.uniform[:rows].gather(1, counts[:, None])[:, 0])
+        else:
+            chosen = logits.argmax(-1)
+        tokens.copy_(chosen)
+        positions.add_(1)
+        counts.add_(1)
+
+    def capture(self, model: PreTrainedModel, key: tuple[int, int, str]) -> None:
+        """Record a step. The passes that warm up write where the next step writes again; the state is put back."""
+        before, stream = self.state.clone(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self.step(model, *key)
+                self.state.copy_(before)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            output = self.step(model, *key)
+        self.graphs[key], self.outputs[key] = graph, output
+
+    def release(self) -> None:
+        """Give back the memory of the graphs."""
+        self.graphs, self.outputs, self.pool = {}, {}, None
+
+
+def stepped(n: int, first: int, last: int) -> int:
+    """The smallest of first, 2 first, 4 first, ... that is at least n, but no more than `last`."""
+    step = first
+    while step < n:
+        step *= 2
+    return min(step, last)
