@@ -42,7 +42,7 @@ class SlotCache(Cache):
         self.rows = torch.arange(slots, device=shape.device)
 
     def prefill(self, rows: torch.Tensor, start: int) -> "SlotCache":
-        """Mode: T tokens each for the slots `rows` [R], from position `start` on; before that all have slot 0's keys."""
+        """Mode: T tokens each for slots `rows` [R], from position `start` on; before it all have the keys of slot 0."""
         self.mode = ("prefill", rows, start)
         return self
 
@@ -75,7 +75,7 @@ class SlotCache(Cache):
 
 
 def key_shape(model: PreTrainedModel) -> KeyShape | str:
-    """The shape of a model's keys, or why a SlotCache cannot hold them, as part of a sentence; tried on a short text."""
+    """The shape of a model's keys, or why a SlotCache cannot hold them, as part of a sentence; it is tried."""
     try:
         return try_slots(model)
     except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError, IndexError) as e:
