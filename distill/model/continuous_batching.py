@@ -164,7 +164,7 @@ class Batch:
         self.temperature, self.finish = temperature, finish
         self.running: list[Request] = []
         # on a GPU a prefill costs as much as ten steps whatever its size, so it waits until several slots are free
-        self.refill = max(1, slots // 4) if self.step.graphed else 1
+        self.refill = max(1, slots // 4) if self.step.burst > 1 else 1
         self.step.temperature.fill_(temperature or 1.0)
         if prefix:
             ids, row = torch.tensor([prefix], device=self.cache.shape.device), self.cache.rows[:1]

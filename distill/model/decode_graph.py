@@ -20,14 +20,15 @@ SHORTEST = 256  # columns of the first step size
 class DecodeStep:
     """Steps over the first rows of a SlotCache. The state (tokens, positions, random numbers) is on the device.
 
-    limit: tokens that a sequence may get. It does not hold the model, which may hold it.
+    limit: tokens that a sequence may get. burst: steps at once, by default BURST on a GPU, else 1, where looking costs
+    nothing. It does not hold the model, which may hold it.
     """
 
-    def __init__(self, cache: SlotCache, limit: int):
+    def __init__(self, cache: SlotCache, limit: int, burst: int | None = None):
         device, slots = cache.shape.device, cache.slots
         self.cache, self.limit = cache, limit
         self.graphed = device.type == "cuda"
-        self.burst = BURST if self.graphed else 1
+        self.burst = burst or (BURST if self.graphed else 1)
         self.state = torch.zeros(3, slots, dtype=torch.long, device=device)  # last token, its position, tokens so far
         self.uniform = torch.zeros(slots, limit + self.burst, device=device)
         self.temperature = torch.ones((), device=device)
