@@ -5,7 +5,7 @@
     python tests/bench_generate.py --model_dir runs/random-3b --precision nf4 --adapters 3 --max_new_tokens 256   # GPU
 
 Each way writes greedy replies to the same prompts, once to warm up and once timed; tokens count until a reply ends.
-"equal" counts replies that are those of transformers' generate, token by token: all of them with --precision fp32, while
+"equal" counts replies that are those of transformers' generate, token by token: all with --precision fp32, while
 16 bits round differently by path. llama.cpp (pip install -r requirements-export.txt) runs the embedded student in the 4
 bits that it is shipped in.
 """
