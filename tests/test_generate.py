@@ -223,7 +223,8 @@ def test_a_decoded_token_copies_no_cache(loaded):
     model, tokenizer = loaded
     generate(model, tokenizer, random_prompts(2), 5)
     cache = model.decoder.cache
-    keys, values = cache.decode(torch.tensor([30, 40]), 64).update(*torch.ones(2, 2, 2, 1, 16), 0)
+    with torch.inference_mode():
+        keys, values = cache.decode(torch.tensor([30, 40]), 64).update(*torch.ones(2, 2, 2, 1, 16), 0)
     assert keys.data_ptr() == cache.store[0, 0].data_ptr() and values.data_ptr() == cache.store[0, 1].data_ptr()
     assert keys.shape == (2, 2, 64, 16) and keys[1, :, 40].eq(1).all() and keys[0, :, 30].eq(1).all()
 
