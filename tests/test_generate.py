@@ -113,7 +113,7 @@ def test_greedy_equals_transformers_generate_token_by_token(loaded, built, monke
     """50 prompts through 7 slots; bursts, as on a GPU, write past the end of a sequence."""
     monkeypatch.setattr(continuous_batching, "DecodeStep", functools.partial(DecodeStep, burst=burst))
     model, prompts = built(name), random_prompts(50)
-    model.decoder = None
+    model.slot_decoder = None
     limits = [1 + i % 24 for i in range(50)]
     found = tokens_of(generate(model, loaded[1], prompts, limits, batch_size=7))
     assert model.slot_shape is not None
@@ -193,8 +193,8 @@ def test_plans_by_hand():
 
 
 def test_step_sizes():
-    assert [stepped(n, 1, 24) for n in (1, 2, 3, 9, 17, 24)] == [1, 2, 4, 16, 24, 24]
-    assert [stepped(n, 256, 1536) for n in (1, 256, 257, 1300)] == [256, 256, 512, 1536]
+    assert [stepped(n, 1, 24, 4) for n in (1, 2, 5, 16, 17, 24)] == [1, 4, 16, 16, 24, 24]
+    assert [stepped(n, 256, 1536, 2) for n in (1, 256, 257, 1300)] == [256, 256, 512, 1536]
 
 
 def test_a_waiting_sequence_takes_the_slot_of_one_that_has_ended(loaded, monkeypatch):
@@ -222,7 +222,7 @@ def test_the_common_beginning_is_computed_once(loaded, monkeypatch):
 def test_a_decoded_token_copies_no_cache(loaded):
     model, tokenizer = loaded
     generate(model, tokenizer, random_prompts(2), 5)
-    cache = model.decoder.cache
+    cache = model.slot_decoder.cache
     with torch.inference_mode():
         keys, values = cache.decode(torch.tensor([30, 40]), 64).update(*torch.ones(2, 2, 2, 1, 16), 0)
     assert keys.data_ptr() == cache.store[0, 0].data_ptr() and values.data_ptr() == cache.store[0, 1].data_ptr()
@@ -234,7 +234,7 @@ def test_a_batch_that_does_not_fit_is_halved(loaded, monkeypatch, capsys):
     model, tokenizer = loaded
     prompts = random_prompts(9)
     expected = generate(model, tokenizer, prompts, 12, batch_size=9)
-    model.decoder, calls, seen = None, [], {}
+    model.slot_decoder, calls, seen = None, [], {}
     step = DecodeStep.step
 
     def limited(self, model, rows, *rest):
@@ -265,7 +265,7 @@ def test_memory_is_kept_for_the_next_call_that_fits_in_it(loaded, monkeypatch):
     made = []
     init = SlotCache.__init__
     monkeypatch.setattr(SlotCache, "__init__", lambda self, *args: made.append(args[1:]) or init(self, *args))
-    model.decoder = None
+    model.slot_decoder = None
     for n, limit in ((6, 20), (4, 12), (6, 20), (6, 300)):
         generate(model, tokenizer, random_prompts(n), limit)
     assert made == [(6, 256), (6, 512)]
@@ -278,7 +278,7 @@ def test_cuda_graphs_give_what_transformers_generate_gives(tiny, capsys):
     limits = [1 + i % 24 for i in range(50)]
     found = tokens_of(generate(model, tokenizer, prompts, limits, batch_size=7))
     assert found == [by_transformers(model, ids, limit) for ids, limit in zip(prompts, limits, strict=True)]
-    assert model.decoder.step.graphs and "without CUDA graphs" not in capsys.readouterr().err
+    assert model.slot_decoder.step.graphs and "without CUDA graphs" not in capsys.readouterr().err
     together = generate(model, tokenizer, prompts, 16, batch_size=50, temperature=1.0, seed=7)
     assert together == generate(model, tokenizer, prompts, 16, batch_size=3, temperature=1.0, seed=7)
     constraint = Constraint.of(check_schema(SCHEMA), Vocabulary.of(tokenizer, model.config.vocab_size), 50)

@@ -6,17 +6,17 @@ sequences. The common beginning of all prompts is computed once.
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
+from distill.model.active_adapter import ActiveAdapter, active_adapter, adapter_state
 from distill.model.decode_graph import BURST, DecodeStep
 from distill.model.label_forward import batches, shared_prefix, token_budget
 from distill.model.sampling import Request, choose
 from distill.model.slot_cache import KeyShape, SlotCache, prefill
-from distill.model.stacked_lora import StackedAdapters, stackable
 
 ALIGNED = 256  # capacities are multiples of it, so that a later batch fits in the cache of an earlier one
 SHORTEST_PREFIX = 16  # tokens; a shorter one is not worth a forward pass of its own
@@ -82,24 +82,24 @@ def generate_continuously(
     prefix = shared_prefix([r.ids for r in requests]) if len(requests) > 1 else []
     prefix = prefix if len(prefix) >= SHORTEST_PREFIX else []
     limit = max(r.max_new_tokens for r in requests)
-    kept = getattr(base, "decoder", None)
+    kept = getattr(base, "slot_decoder", None)
     room = cache_room(shape) + (kept.cache.slots * kept.cache.capacity if kept else 0)
     for plan in plan_batches([r.need for r in requests], batch_size, room):
         own, requests = requests[: plan.count], requests[plan.count :]
         decoder = decoder_for(model, base, shape, plan, limit)
         try:
-            with active_adapter(model, decoder.adapters):
+            with decoder.adapter.applied() if decoder.adapter else contextlib.nullcontext():
                 Batch(base, decoder, plan.slots, prefix, pad, ends, temperature, finish).run(own)
         except torch.OutOfMemoryError:
-            base.decoder = None
+            base.slot_decoder = None
             raise
 
 
 class Decoder:
     """The memory of a batch: cache, decoding steps and their graphs. It is kept for the next batch that fits in it."""
 
-    def __init__(self, shape: KeyShape, plan: Plan, limit: int, weights: tuple, adapters: StackedAdapters | None):
-        self.cache, self.weights, self.adapters = SlotCache(shape, plan.slots, plan.capacity), weights, adapters
+    def __init__(self, shape: KeyShape, plan: Plan, limit: int, weights: tuple, adapter: ActiveAdapter | None):
+        self.cache, self.weights, self.adapter = SlotCache(shape, plan.slots, plan.capacity), weights, adapter
         self.step = DecodeStep(self.cache, limit)
 
     def holds(self, plan: Plan, limit: int, weights: tuple) -> bool:
@@ -111,32 +111,12 @@ class Decoder:
 def decoder_for(model: PreTrainedModel, base: PreTrainedModel, shape: KeyShape, plan: Plan, limit: int) -> Decoder:
     """The decoder that `base` keeps, or a new one in its place where it is too small or the adapters have changed."""
     weights = adapter_state(model)
-    kept = getattr(base, "decoder", None)
+    kept = getattr(base, "slot_decoder", None)
     if kept is None or not kept.holds(plan, limit, weights):
-        base.decoder = kept = None
+        base.slot_decoder = kept = None
         release_memory(shape.device)
-        active, off, _ = weights
-        stacked = StackedAdapters(model) if len(active) == 1 and not off and stackable(model) else None
-        base.decoder = kept = Decoder(shape, plan, limit, weights, stacked)
+        base.slot_decoder = kept = Decoder(shape, plan, limit, weights, active_adapter(model))
     return kept
-
-
-def adapter_state(model: PreTrainedModel) -> tuple[tuple[str, ...], bool, int]:
-    """What changes with the adapters: the active ones, whether they are off, how often their weights were written."""
-    if not hasattr(model, "peft_config"):
-        return (), False, 0
-    off = any(getattr(module, "_disable_adapters", False) for module in model.modules())
-    return tuple(model.active_adapters), off, sum(p._version for n, p in model.named_parameters() if "lora_" in n)
-
-
-@contextlib.contextmanager
-def active_adapter(model: PreTrainedModel, stacked: StackedAdapters | None) -> Iterator[None]:
-    """Within it the active adapter takes three kernels per projection instead of PEFT's ten, where it can."""
-    if stacked is None:
-        yield
-        return
-    with stacked.rows(model.active_adapters):
-        yield
 
 
 def release_memory(device: torch.device) -> None:

@@ -57,7 +57,7 @@ class DecodeStep:
         """step(), from a graph where there are graphs."""
         if not self.graphed:
             return self.step(model, rows, length, kind)
-        key = (stepped(rows, 1, self.cache.slots), stepped(length, SHORTEST, self.cache.capacity), kind)
+        key = (stepped(rows, 1, self.cache.slots, 4), stepped(length, SHORTEST, self.cache.capacity, 2), kind)
         if key not in self.graphs:
             try:
                 self.capture(model, key)
@@ -105,9 +105,9 @@ class DecodeStep:
         self.graphs, self.outputs, self.pool = {}, {}, None
 
 
-def stepped(n: int, first: int, last: int) -> int:
-    """The smallest of first, 2 first, 4 first, ... that is at least n, but no more than `last`."""
+def stepped(n: int, first: int, last: int, factor: int) -> int:
+    """The smallest of first, first * factor, first * factor ** 2, ... that is at least n, but no more than `last`."""
     step = first
     while step < n:
-        step *= 2
+        step *= factor
     return min(step, last)
