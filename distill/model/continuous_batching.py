@@ -50,16 +50,18 @@ def plan_batches(needs: list[int], batch_size: int, room: int) -> list[Plan]:
     return plans
 
 
-def cache_room(shape: KeyShape) -> int:
+def cache_room(base: PreTrainedModel, shape: KeyShape) -> int:
     """Tokens whose keys and values may be kept: half of what is free on a GPU, a quarter on a CPU."""
+    kept = getattr(base, "slot_decoder", None)
+    held = kept.cache.store.nbytes if kept else 0
     if shape.device.type == "cuda":
         free, whole = torch.cuda.mem_get_info(shape.device)
         share = torch.cuda.get_per_process_memory_fraction(shape.device) * whole
         free = min(free + torch.cuda.memory_reserved(shape.device), share) - torch.cuda.memory_allocated(shape.device)
-        return int(free / 2) // shape.bytes_per_token
+        return int((free + held) / 2) // shape.bytes_per_token
     from accelerate.utils import get_max_memory
 
-    return get_max_memory()["cpu"] // 4 // shape.bytes_per_token
+    return (get_max_memory()["cpu"] + held) // 4 // shape.bytes_per_token
 
 
 def generate_continuously(
@@ -82,14 +84,13 @@ def generate_continuously(
     prefix = shared_prefix([r.ids for r in requests]) if len(requests) > 1 else []
     prefix = prefix if len(prefix) >= SHORTEST_PREFIX else []
     limit = max(r.max_new_tokens for r in requests)
-    kept = getattr(base, "slot_decoder", None)
-    room = cache_room(shape) + (kept.cache.slots * kept.cache.capacity if kept else 0)
-    for plan in plan_batches([r.need for r in requests], batch_size, room):
+    for plan in plan_batches([r.need for r in requests], batch_size, cache_room(base, shape)):
         own, requests = requests[: plan.count], requests[plan.count :]
-        decoder = decoder_for(model, base, shape, plan, limit)
         try:
-            with decoder.adapter.applied() if decoder.adapter else contextlib.nullcontext():
-                Batch(base, decoder, plan.slots, prefix, pad, ends, temperature, finish).run(own)
+            prepare_decoder(model, base, shape, plan, limit)  # held by the base alone: it must go before the next comes
+            adapter = base.slot_decoder.adapter
+            with adapter.applied() if adapter else contextlib.nullcontext():
+                Batch(base, base.slot_decoder, plan.slots, prefix, pad, ends, temperature, finish).run(own)
         except torch.OutOfMemoryError:
             base.slot_decoder = None
             raise
@@ -108,15 +109,13 @@ class Decoder:
         return enough and self.weights == weights
 
 
-def decoder_for(model: PreTrainedModel, base: PreTrainedModel, shape: KeyShape, plan: Plan, limit: int) -> Decoder:
-    """The decoder that `base` keeps, or a new one in its place where it is too small or the adapters have changed."""
-    weights = adapter_state(model)
-    kept = getattr(base, "slot_decoder", None)
+def prepare_decoder(model: PreTrainedModel, base: PreTrainedModel, shape: KeyShape, plan: Plan, limit: int) -> None:
+    """Make sure that `base.slot_decoder` is one for this plan and the adapters as they are; keep it if it is."""
+    weights, kept = adapter_state(model), getattr(base, "slot_decoder", None)
     if kept is None or not kept.holds(plan, limit, weights):
         base.slot_decoder = kept = None
         release_memory(shape.device)
-        base.slot_decoder = kept = Decoder(shape, plan, limit, weights, active_adapter(model))
-    return kept
+        base.slot_decoder = Decoder(shape, plan, limit, weights, active_adapter(model))
 
 
 def release_memory(device: torch.device) -> None:
