@@ -41,8 +41,10 @@ test: setup
 
 bench: setup
 	@$(PY) tests/bench_scorer.py
-	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(PY) tests/bench_train.py; \
-	  else echo "tests/bench_train.py (memory and speed of training) needs a GPU: left out"; fi
+	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  $(PY) tests/bench_generate.py && $(PY) tests/bench_train.py; \
+	  else $(PY) tests/bench_generate.py --streams 1 4 --max_new_tokens 32; \
+	  echo "tests/bench_train.py (memory and speed of training) needs a GPU: left out"; fi
 
 serve: setup
 	@BASE_MODEL=$${BASE_MODEL:-smollm2-135m} $(PY) serve_creditmix.py
