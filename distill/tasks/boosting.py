@@ -16,10 +16,10 @@ from distill.tasks.creditmix import balance, parse_fields, read_raw
 class GradientBoosting:
     """Histogram gradient boosting on the fields of texts, words as categories. labels: the order of the classes."""
 
-    def __init__(self, labels, seed=SEED):
+    def __init__(self, labels: tuple, seed: int = SEED):
         self.labels, self.seed = list(labels), seed
 
-    def fit(self, texts, answers):
+    def fit(self, texts: list[str], answers: list[str]) -> "GradientBoosting":
         fields = [parse_fields(t) for t in texts]
         self.words = sorted({k for f in fields for k, v in f.items() if isinstance(v, str)})
         self.numbers = sorted({k for f in fields for k in f}.difference(self.words))
@@ -45,19 +45,20 @@ class GradientBoosting:
         numbers = [[v if isinstance(v := f.get(k), float) else np.nan for k in self.numbers] for f in fields]
         return np.hstack([self.encoder.transform(self.word_values(fields))[:, 1:], np.array(numbers)])
 
-    def predict_proba(self, texts):
-        """[N, L] in the order of the labels; 0 for a label that training did not have."""
+    def predict_proba(self, texts: list[str]) -> np.ndarray:
+        """Probabilities [N, L] in the order of the labels; 0 for a label that training did not have."""
         probs = np.zeros((len(texts), len(self.labels)))
         probs[:, self.trees.classes_] = self.trees.predict_proba(self.encode([parse_fields(t) for t in texts]))
         return probs
 
 
-def boost(train, labels, seed=SEED):
+def boost(train: list[dict], labels: tuple, seed: int = SEED) -> GradientBoosting:
+    """Gradient boosting fitted on rows with "question" and "answer"."""
     return GradientBoosting(labels, seed).fit([r["question"] for r in train], [r["answer"] for r in train])
 
 
-def out_of_fold(rows, labels, seed=SEED, folds=5):
-    """[N, L] class probabilities of rows, each by gradient boosting that saw nothing of the row's customer.
+def out_of_fold(rows: list[dict], labels: tuple, seed: int = SEED, folds: int = 5) -> np.ndarray:
+    """Class probabilities [N, L] of rows, each from gradient boosting that saw no row of the same customer.
 
     Errors: UserError when the texts have no fields, or a class has one customer only.
     """

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common import unit_hash
+from common import Task, unit_hash
 from distill.files import UserError, read_rows
 
 SIX = ["Age", "Occupation", "Annual Income", "Outstanding Debt", "Credit Utilization Ratio", "Payment Behaviour"]
 
 
-def features_text(d, fields):
-    """The text that models read, for each row of a frame: age with one decimal, the six fields' numbers with two."""
+def features_text(d: pd.DataFrame, fields: list[str]) -> list[str]:
+    """The text that models read, one per row: age with one decimal, the other numbers of the six fields with two."""
 
     def shown(name, value):
         if isinstance(value, str):
@@ -27,12 +27,12 @@ def features_text(d, fields):
     return [", ".join(f"{n}: {shown(n, v)}" for n, v in zip(fields, row, strict=True)) for row in d[fields].values]
 
 
-def split_fields(text):
-    """[(name, value), ...] of a text 'Key: value, Key: value', all as written; empty for another text."""
+def split_fields(text: str) -> list[tuple[str, str]]:
+    """[(name, value), ...] of a text 'Key: value, Key: value', as written; empty for any other text."""
     return re.findall(r"(?:^|, )([^:,]+): (.*?)(?=, [^:,]+: |$)", text)
 
 
-def parse_fields(text):
+def parse_fields(text: str) -> dict[str, float | str]:
     """{"Age": 23.0, "Occupation": "Scientist", ...} of a features text: numbers as floats, N/A as NaN.
 
     Errors: UserError when the text has no 'Key: value' fields.
@@ -48,8 +48,8 @@ def parse_fields(text):
     return fields
 
 
-def customer(text):
-    """Who a row without a group belongs to: same income and debt, same customer; another task's text is its own."""
+def customer(text: str) -> str:
+    """The group of a row without one: rows of equal income and debt are one customer; any other text is its own."""
     found = re.search(r"Annual Income: ([^,]+).*Outstanding Debt: ([^,]+)", text)
     return f"income {found[1]}, debt {found[2]}" if found else text
 
@@ -80,7 +80,7 @@ EXTRA = {
 }
 
 
-def read_raw(path, columns="six"):
+def read_raw(path: str | Path, columns: str = "six") -> tuple[list[dict], Counter]:
     """Rows {"question": features text, "answer": label, "group": customer} of a source, and a Counter of dropped rows.
 
     path: JSON or JSONL in that form ("group" optional), or the public credit-score CSV (.csv, .csv.gz).
@@ -94,7 +94,7 @@ def read_raw(path, columns="six"):
     return [{**r, "group": r.get("group") or customer(r["question"])} for r in rows], Counter()
 
 
-def read_csv(path, columns="six"):
+def read_csv(path: str | Path, columns: str = "six") -> tuple[list[dict], Counter]:
     """The public CSV as downloaded -> rows and dropped as read_raw.
 
     Where the file has a column NAME_clean, as some copies of the data do, it stands for NAME. What is constant for a
@@ -129,8 +129,8 @@ def read_csv(path, columns="six"):
     return [{"question": q, "answer": a, "group": g} for q, a, g in rows], dropped
 
 
-def read_table(path, fields):
-    """A CSV's columns `fields` (its underscores as blanks) as text, NaN where the public data's marks say missing."""
+def read_table(path: str | Path, fields: list[str]) -> pd.DataFrame:
+    """Columns of a CSV as text, underscores in their names read as blanks; NaN where the public data marks a gap."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     try:
@@ -156,23 +156,23 @@ def read_table(path, fields):
     return raw[fields].where(~raw[fields].isin(MISSING))
 
 
-def usual(values, who):
-    """Each row's customer's commonest value (the smallest of equals: the dirt inflates), NaN where there is none."""
+def usual(values: pd.Series, who: pd.Series) -> pd.Series:
+    """The most frequent value of each row's customer, NaN where there is none; the smallest of ties (dirt inflates)."""
     counts = pd.DataFrame({"who": who, "value": values}).value_counts().reset_index()
     counts = counts.sort_values(["count", "value"], ascending=[False, True]).drop_duplicates("who")
     return who.map(counts.set_index("who")["value"])
 
 
-def row_key(row):
+def row_key(row: dict) -> str:
     return f"{row['group']}:{row['question']}"
 
 
-def balance(place, rows, labels, seed, n=None):
-    """`n` rows of each class, by default as many as the smallest has: one of every customer, then a second, and so on.
+def balance(place: str | Path, rows: list[dict], labels: tuple, seed: int, n: int | None = None) -> list[dict]:
+    """`n` rows of each class, by default as many as the smallest class has.
 
-    Which of a customer's rows come first is a hash of seed and row. (A customer's months are near copies of each other,
-    so more customers say more than more months.)
-    Errors: UserError beginning with `place`, naming the class with fewer than n rows, or with none.
+    One row of every customer comes first, then a second of each, and so on: a customer's months are near copies, so
+    more customers teach more than more months. A hash of seed and row orders the rows of a customer.
+    Errors: UserError beginning with `place`, naming a class with fewer than n rows, or with none.
     """
     by_class = {label: [r for r in rows if r["answer"] == label] for label in labels}
     smallest = min(labels, key=lambda label: len(by_class[label]))
@@ -189,8 +189,11 @@ def balance(place, rows, labels, seed, n=None):
     return [r for label in labels for r in by_class[label][: n or have]]
 
 
-def rows_per_class(held, task, per_class, seed):
-    """per_class rows of each class, the same ones for the same seed; all rows when per_class is None."""
+def rows_per_class(held: list[dict], task: Task, per_class: int | None, seed: int) -> list[dict]:
+    """per_class rows of each class, the same ones for the same seed; all rows when per_class is None.
+
+    Errors: UserError naming a class with fewer rows.
+    """
     if per_class is None:
         return held
     out = []

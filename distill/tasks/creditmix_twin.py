@@ -100,11 +100,11 @@ def synthesize(customers: int, seed: int, outdir: str | Path) -> None:
     print(f"wrote {path}: {len(lines)} synthetic rows of {customers} customers")
 
 
-def synthetic_months(group, label, c, rng):
-    """Frame of the months of the customers `group` of one class, drawn from its part of the profile.
+def synthetic_months(group: np.ndarray, label: str, c: dict, rng: np.random.Generator) -> pd.DataFrame:
+    """The months of the customers `group` of one class, drawn from that class's part `c` of the profile.
 
-    Occupation, income and debt are a customer's own, as in the public data, and the age may turn once; utilisation and
-    payment behaviour are drawn anew each month given the income (measured: the months have no other memory).
+    Occupation, income and debt are constant over a customer's months, as in the public data, and the age may rise once.
+    Utilisation and payment behaviour are drawn anew each month, given the income: no other memory was measured.
     """
     one = np.zeros(len(group), int)
     months = draw_words(rng, [c["months"]], one).astype(int)
@@ -131,7 +131,7 @@ def with_tails(means: list[float]) -> list[float]:
     return [1.5 * means[0] - 0.5 * means[1], *means, 1.5 * means[-1] - 0.5 * means[-2]]
 
 
-def draw_words(rng, tables, which):
+def draw_words(rng: np.random.Generator, tables: list[dict], which: np.ndarray) -> np.ndarray:
     """One word for each entry of `which` [N], the index of the table {word: share} that it is drawn from."""
     share = pd.DataFrame(tables).fillna(0)
     below = (share.cumsum(axis=1).div(share.sum(axis=1), axis=0)).to_numpy()[which, :-1]
