@@ -20,7 +20,7 @@ from distill.files import ROOT, UserError, cli, read_rows, write_jsonl
 from distill.tasks.codegen_mutants import mutants
 from distill.tasks.codegen_reply import fenced
 from distill.tasks.codegen_sandbox import TIMEOUT, add_isolation_argument, require_isolation, run_many
-from distill.tasks.codegen_tasks import code_prompt, humaneval, parse_tests, plan_prompt, read_tasks
+from distill.tasks.codegen_tasks import SampleRow, code_prompt, humaneval, parse_tests, plan_prompt, read_tasks
 
 WORDS, TOKENS = 4, 6  # n-gram lengths of descriptions and of code
 OVERLAP, SHARED = 0.4, 5  # a near-duplicate shares this part of the shorter side's n-grams, and at least SHARED of them
@@ -173,7 +173,7 @@ def teacher_outputs(path, tasks, dropped):
     """
     by_prompt = {task["prompt"]: task for task in tasks}
     plans = {}
-    for row in read_rows(path, {"prompt": str}, {"code": str, "plan": str}):
+    for row in read_rows(path, SampleRow):
         if row["prompt"] not in by_prompt or not row.get("code"):
             dropped["teacher: no code, or no such task"] += 1
         else:
@@ -196,7 +196,7 @@ def run_samples(path, tasks):
     A sample that is no Python is in neither: DPO would learn to tell syntax errors, which SFT has taught already.
     """
     by_prompt, seen = {task["prompt"]: task for task in tasks}, {}
-    for row in read_rows(path, {"prompt": str}, {"code": str}):
+    for row in read_rows(path, SampleRow):
         if row["prompt"] in by_prompt and row.get("code"):
             seen[row["prompt"], row["code"].strip()] = None
     verdicts = run_many([(code, by_prompt[prompt]["tests"]) for prompt, code in seen], desc="samples")

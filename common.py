@@ -10,10 +10,23 @@ import sys
 import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
+from pydantic import Field
 from safetensors import SafetensorError
 
-from distill.files import UserError, check_row, one_line, parse_json, read_json, sha256, write_json
+from distill.files import (
+    FilledText,
+    StrictModel,
+    Text,
+    UserError,
+    one_line,
+    parse_json,
+    read_json,
+    sha256,
+    validate,
+    write_json,
+)
 from distill.hardware import cap_memory, choose_precision, device, device_key, room, weight_bytes
 from distill.model.chat_template import chat_text, end_of_turn
 from distill.model.hub import adapter_base, base_config, base_mismatches, base_record
@@ -34,6 +47,13 @@ SEED = 42
 # The task: labels, the instruction around the input, content-free inputs
 
 
+class TaskFile(StrictModel):
+    name: FilledText
+    labels: list[FilledText] = Field(min_length=2)
+    template: FilledText
+    null_inputs: list[Text] = Field(min_length=1)
+
+
 @dataclass(frozen=True)
 class Task:
     """A label task as data (data/creditmix_task.json); it travels with the adapter as task.json.
@@ -50,21 +70,13 @@ class Task:
 
     @classmethod
     def load(cls, path):
-        path = Path(path)
-        d = read_json(path)
-        check_row(path, d, {"name": str, "labels": list, "template": str, "null_inputs": list}, {})
-        for field, least in (("labels", 2), ("null_inputs", 1)):
-            values = d[field]
-            if len(values) < least or not all(isinstance(v, str) for v in values):
-                raise UserError(f"{path}: field '{field}': expected a list of at least {least} strings")
-            for value in values:
-                check_row(path, {field: value}, {}, {field: str})
-        labels = d["labels"]
-        if len(set(labels)) < len(labels) or not all(label.strip() == label != "" for label in labels):
+        task = validate(path, read_json(path), TaskFile)
+        labels = task.labels
+        if len(set(labels)) < len(labels) or any(label.strip() != label for label in labels):
             raise UserError(f"{path}: field 'labels': expected different labels without surrounding white space")
-        if d["template"].count("{input}") != 1:
+        if task.template.count("{input}") != 1:
             raise UserError(f"{path}: field 'template': expected {{input}} exactly once")
-        return cls(d["name"], tuple(labels), d["template"], tuple(d["null_inputs"]))
+        return cls(task.name, tuple(labels), task.template, tuple(task.null_inputs))
 
     @classmethod
     def of(cls, model_dir, otherwise):
@@ -346,6 +358,15 @@ class LabelScorer:
 # Calibration
 
 
+Number = Annotated[float, Field(gt=-1e6, lt=1e6)]
+
+
+class CalibrationFile(StrictModel):
+    w: Number
+    b: dict[str, Number]
+    T: float = Field(gt=0, lt=1e6)
+
+
 @dataclass(frozen=True)
 class Calibration:
     """calibrated = (raw - w * prior + b) / T; unfitted, multi-null calibration as published (arXiv 2511.14385).
@@ -402,13 +423,12 @@ class Calibration:
         if not path.is_file():
             return cls()
         d = read_json(path)
-        check_row(path, d, {"w": (int, float), "b": dict, "T": (int, float)}, {})
-        numbers = all(isinstance(v, int | float) and abs(v) < 1e6 for v in (d["w"], d["T"], *d["b"].values()))
-        if set(d["b"]) != set(task.labels) or not numbers or not d["T"] > 0:
-            raise UserError(f"{path}: fields 'b' and 'T': expected one number for each of {task.labels} and T > 0")
-        b = tuple(float(d["b"][label]) for label in task.labels)
+        fit = validate(path, d, CalibrationFile)
+        if set(fit.b) != set(task.labels):
+            raise UserError(f"{path}: field 'b': expected one number for each of {task.labels}")
+        b = tuple(fit.b[label] for label in task.labels)
         mixes = {k: shares_of(f"{path}: field '{k}'", d[k], task) for k in ("class_shares", "natural_shares") if k in d}
-        return cls(d["w"], b, d["T"], True, **mixes)
+        return cls(fit.w, b, fit.T, True, **mixes)
 
 
 def read_shares(target, task):

@@ -18,7 +18,7 @@ from distill.files import UserError, between, cli, positive, read_json
 from distill.model.hub import adapter_base, base_config
 from distill.tasks.augment import swap_label_rows
 from distill.train.arguments import add_arguments, add_swap_argument, passes_over, training_arguments
-from distill.train.data import dataset, describe, encode, find_task_file, read_training_rows, split_rows
+from distill.train.data import DPORow, dataset, describe, encode, find_task_file, read_training_rows, split_rows
 from distill.train.memory import plan_micro_batch
 from distill.train.run import run_training
 from distill.train.run_folder import check_run, start_run
@@ -28,7 +28,7 @@ from distill.train.student import load_student, lora_config
 def main(args):
     # The rows, and the development rows that choose the checkpoint and fit the calibration.
     task_path = find_task_file(args.data, args.task)
-    rows, task = read_training_rows(args.data, {"prompt": str, "chosen": str, "rejected": str}, "chosen", task_path)
+    rows, task = read_training_rows(args.data, DPORow, "chosen", task_path)
     check_pairs(args.data, rows, task)
     if args.init_adapter:
         if (trained_on := adapter_base(args.init_adapter)) != args.student:

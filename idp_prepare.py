@@ -22,7 +22,7 @@ from pathlib import Path
 from common import SEED, dev_split, group_hash, holdout, row_hash
 from distill.files import UserError, between, cli, read_json, read_rows, write_jsonl
 from distill.tasks.augment import swap_document_values
-from distill.tasks.idp_corpus import read_answers, rejected_answer, without_held_out
+from distill.tasks.idp_corpus import ResultRow, read_answers, rejected_answer, without_held_out
 from distill.tasks.idp_documents import idp_prompt
 from distill.tasks.idp_schema import check_schema, compact, in_schema_order, validator
 from distill.tasks.idp_synthetic import synthesize
@@ -35,7 +35,7 @@ def main(args):
         write_jsonl(args.src[0], synthesize(args.synthesize, args.seed))
     rows, invalid = read_answers(args.src, schema, args.group_field)
     if args.teacher:
-        taught = read_rows(args.teacher, {"line": int, "output": (dict, list)})
+        taught = read_rows(args.teacher, ResultRow)
         if [r["line"] for r in taught] != list(range(1, len(rows) + 1)):
             raise UserError(
                 f"{args.teacher}: expected one result per row of {args.src[0]}, as infer_idp.py writes them"

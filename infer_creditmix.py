@@ -14,13 +14,17 @@ import sys
 from pathlib import Path
 
 from common import Calibration, LabelScorer, Task, answers, load_model
-from distill.files import ROOT, UserError, atomic_write, check_row, cli, read_rows
+from distill.files import ROOT, FilledText, StrictModel, UserError, atomic_write, cli, read_rows, validate
+
+
+class FeaturesRow(StrictModel):
+    question: FilledText
 
 
 def main(args):
     if (args.features is None) == (args.input is None) or bool(args.input) != bool(args.output):
         raise UserError("expected either --features TEXT, or --input FILE with --output FILE")
-    rows = read_rows(args.input, {"question": str}) if args.input else one_row(args.features)
+    rows = read_rows(args.input, FeaturesRow) if args.input else one_row(args.features)
     task = Task.of(args.model_dir, args.task)
     calibration = Calibration.load(args.model_dir, task).for_prior(args.class_prior, task)
     found = classify(args.model_dir, task, calibration, [r["question"] for r in rows], args.precision)
@@ -40,7 +44,7 @@ def one_row(features: str) -> list[dict]:
     """The row of --features. Error: UserError when it is empty or no text."""
     if not features.strip():
         raise UserError("--features: the text is empty")
-    check_row("--features", row := {"question": features}, {"question": str}, {})
+    validate("--features", row := {"question": features}, FeaturesRow)
     return [row]
 
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from common import load_model, row_hash
 from distill.files import ResumableJsonl, UserError, cli, positive, read_json, read_rows, read_text, write_jsonl
 from distill.model.hub import adapter_sha256
+from distill.tasks.idp_corpus import DocumentRow
 from distill.tasks.idp_decode import Constraint, Vocabulary
 from distill.tasks.idp_documents import check_document, extract
 from distill.tasks.idp_schema import check_schema, compact
@@ -56,7 +57,7 @@ def read_documents(document: str | None, data: Path | None, out: Path | None) ->
         try:
             return [check_document(sys.stdin.buffer.read().decode("utf-8-sig"), "standard input")]
         except UnicodeDecodeError as e:
-            raise UserError(f"standard input: expected UTF-8 text, byte {e.start} is none") from None
+            raise UserError(f"standard input: expected UTF-8 text; invalid byte at {e.start}") from None
     if document is not None:
         return [check_document(document, "--document")]
     if data.suffix.lower() != ".jsonl":
@@ -65,7 +66,7 @@ def read_documents(document: str | None, data: Path | None, out: Path | None) ->
         raise UserError("--out is missing; expected a .jsonl file for the results of --data")
     if out.is_dir() or out.resolve() == data.resolve():
         raise UserError(f"--out {out}: expected a file of its own")
-    rows = read_rows(data, {"document": str})
+    rows = read_rows(data, DocumentRow)
     return [check_document(r["document"], f"{data}: row {i}") for i, r in enumerate(rows, 1)]
 
 

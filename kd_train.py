@@ -18,7 +18,7 @@ from common import Task, label_classes, label_trie
 from distill.files import UserError, between, cli, positive
 from distill.model.hub import base_config
 from distill.train.arguments import add_arguments, training_arguments
-from distill.train.data import dataset, describe, encode, find_task_file, read_training_rows, split_rows
+from distill.train.data import KDRow, dataset, describe, encode, find_task_file, read_training_rows, split_rows
 from distill.train.memory import plan_micro_batch
 from distill.train.run import run_training
 from distill.train.run_folder import check_run, start_run
@@ -149,8 +149,7 @@ def main(args):
 
 def read_kd_rows(path: Path, task_path: Path | None, *, has_teacher: bool) -> tuple[list[dict], Task | None]:
     """(rows, task or None); each row has its answer, unless there is a teacher to give it. Errors: UserError."""
-    optional = {"teacher_output": str, "teacher_probs": dict, "output": str}
-    rows, task = read_training_rows(path, {"input": str}, "teacher_output", task_path, optional)
+    rows, task = read_training_rows(path, KDRow, "teacher_output", task_path)
     if task is None and any(r.get("teacher_probs") for r in rows):
         raise UserError(f"{path}: rows have teacher_probs but there is no task file; expected --task")
     untaught = [i for i, r in enumerate(rows, 1) if not r.get("teacher_output")]

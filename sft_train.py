@@ -10,7 +10,7 @@ from distill.files import cli
 from distill.model.hub import base_config
 from distill.tasks.augment import swap_label_rows
 from distill.train.arguments import add_arguments, add_swap_argument, passes_over, training_arguments
-from distill.train.data import dataset, describe, encode, find_task_file, read_training_rows, split_rows
+from distill.train.data import SFTRow, dataset, describe, encode, find_task_file, read_training_rows, split_rows
 from distill.train.memory import plan_micro_batch
 from distill.train.run import run_training
 from distill.train.run_folder import check_run, start_run
@@ -20,7 +20,7 @@ from distill.train.student import load_student, with_lora
 def main(args):
     # The rows, and the development rows that choose the checkpoint and fit the calibration.
     task_path = find_task_file(args.data, args.task)
-    rows, task = read_training_rows(args.data, {"input": str, "output": str}, "output", task_path)
+    rows, task = read_training_rows(args.data, SFTRow, "output", task_path)
     max_train = args.max_steps and args.max_steps * args.batch_size
     train, dev = split_rows(args.data, rows, args.seed, max_dev=args.dev_rows, max_train=max_train)
     passes = 1  # of the original rows in `train`

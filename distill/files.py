@@ -7,9 +7,13 @@ import os
 import re
 import sys
 import zlib
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated, TypeVar
 
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 
 ROOT = Path(__file__).resolve().parent.parent  # of the project
@@ -19,7 +23,7 @@ class UserError(Exception):
     """An error that the user can fix. The message is one line: file, line, field, what was expected."""
 
 
-def printable(text):
+def printable(text: str) -> str:
     """Text that is safe on a terminal: what is not printable, but for line breaks and tabs, as a Python escape.
 
     That covers escape sequences, carriage returns and characters that change the direction of the text.
@@ -27,17 +31,17 @@ def printable(text):
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
-def one_line(error):
-    """The first line of what an exception says, or its kind where it says nothing."""
+def one_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its type if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def cli(main, parser):
-    """Run `main` with the command line's arguments: an error that the user can fix is one line and exit code 2.
+def cli(main: Callable, parser: ArgumentParser):
+    """Run `main` with the command line's arguments. An error that the user can fix is one line, with exit code 2.
 
-    That is a UserError, an operating-system error, or a flag that `parser` refuses; a flag must be written out, or
-    --mode would be taken for --model_dir. Of several processes (`accelerate launch`) the first one alone prints what
-    is no error.
+    Such errors are UserError, errors of the operating system, and flags that `parser` refuses. Flags may not be
+    abbreviated: --mode would be taken for --model_dir. Under `accelerate launch` only the first process writes to
+    standard output.
     """
     parser.allow_abbrev = False
     parser.error = lambda message: parser.exit(2, f"error: {message} (--help lists the flags)\n")
@@ -67,8 +71,8 @@ def cli(main, parser):
     sys.exit(2)
 
 
-def number(kind, allowed, name):
-    """An argparse type: an int or float that `allowed` takes; `name` is what the error calls it."""
+def number(kind: type, allowed: Callable, name: str) -> Callable:
+    """An argparse type: an int or float for which `allowed` is true. The error message calls it `name`."""
 
     def parse(text):
         value = kind(text)
@@ -80,19 +84,19 @@ def number(kind, allowed, name):
     return parse
 
 
-def positive(kind):
+def positive(kind: type) -> Callable:
     """An argparse type: an int or float above zero."""
     return number(kind, lambda value: 0 < value < float("inf"), "number above 0")
 
 
-def between(kind, low, high):
+def between(kind: type, low: float, high: float) -> Callable:
     """An argparse type: an int or float from `low` to `high`, both included."""
     return number(kind, lambda value: low <= value <= high, f"number from {low} to {high}")
 
 
 @contextmanager
-def atomic_write(path, mode="w"):
-    """Open `path` for writing under a temporary name; it appears by rename, whole, or not at all."""
+def atomic_write(path: str | Path, mode: str = "w"):
+    """Open `path` for writing under a temporary name. The file appears by rename: whole, or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -106,15 +110,40 @@ def atomic_write(path, mode="w"):
         tmp.unlink(missing_ok=True)
 
 
-def write_json(path, obj):
+def write_json(path: str | Path, obj: object) -> None:
     with atomic_write(path) as f:
         json.dump(obj, f, indent=1, ensure_ascii=False)
         f.write("\n")
 
 
-def write_jsonl(path, rows):
+def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
     with atomic_write(path) as f:
         f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+
+
+def _unicode(text: str) -> str:
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise ValueError("Unicode text (a lone surrogate is half a character)")
+    return text
+
+
+def _filled(text: str) -> str:
+    if not text.strip():
+        raise ValueError("text that is not blank")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_unicode)]  # may be empty
+FilledText = Annotated[Text, AfterValidator(_filled)]
+
+
+class StrictModel(BaseModel):
+    """What a row or a file must hold. Values are of the type named (a bool is no int); other fields are allowed."""
+
+    model_config = ConfigDict(strict=True)
+
+
+ModelT = TypeVar("ModelT", bound=StrictModel)
 
 
 class ResumableJsonl:
@@ -136,9 +165,9 @@ class ResumableJsonl:
         if torn:
             os.truncate(self.path, len(data) - len(torn))
         for i, line in enumerate(lines, 1):
-            self.rows.append(parse_json(line.decode("utf-8", "replace"), self.path, i))
-            if not isinstance(self.rows[-1], dict):
-                raise UserError(f"{self.path}:{i}: expected an object, got {type(self.rows[-1]).__name__}")
+            row = parse_json(line.decode("utf-8", "replace"), self.path, i)
+            validate(f"{self.path}:{i}", row, StrictModel)
+            self.rows.append(row)
         if header is not None and self.rows:
             found = self.rows.pop(0)
             other = [name for name in found | header if found.get(name) != header.get(name)]
@@ -164,8 +193,8 @@ class ResumableJsonl:
         write_jsonl(self.path, self.rows if self.header is None else [self.header, *self.rows])
 
 
-def read_text(path):
-    """Text of a UTF-8 file, or of standard input (-); UserError when it is missing, empty or not text."""
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file or of standard input (-); UserError when it is missing, empty or not text."""
     path = Path(path)
     if str(path) != "-" and not path.is_file():
         raise UserError(f"{path}: no such file")
@@ -176,14 +205,14 @@ def read_text(path):
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise UserError(f"{path}: not a gzip file: {one_line(e)}") from None
     except UnicodeDecodeError as e:
-        raise UserError(f"{path}: expected UTF-8 text, byte {e.start} is none") from None
+        raise UserError(f"{path}: expected UTF-8 text; invalid byte at {e.start}") from None
     if not text.strip():
         raise UserError(f"{path}: the file is empty")
     return text
 
 
-def parse_json(text, path, line=None):
-    """The value of one JSON text; UserError naming file and line (`line`, or the line within the text)."""
+def parse_json(text: str, path: str | Path, line: int | None = None):
+    """The value of a JSON text; UserError naming file and line (`line`, or the line within the text)."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as e:
@@ -193,14 +222,13 @@ def parse_json(text, path, line=None):
         raise UserError(f"{place}: {'nested too deep' if isinstance(e, RecursionError) else e}") from None
 
 
-def read_json(path):
+def read_json(path: str | Path):
     return parse_json(read_text(path), path)
 
 
-def read_rows(path, fields, optional=None):
-    """Rows of a JSON list or a JSONL file (- for standard input), each checked against its fields.
+def read_rows(path: str | Path, model: type[StrictModel]) -> list[dict]:
+    """Rows of a JSON list or a JSONL file (- for standard input) as dicts with all their fields, each checked.
 
-    fields, optional: {name: type or tuple of types}; a required string must also hold more than white space.
     Errors: UserError naming file, line (or item of the list), field and what was expected.
     """
     text = read_text(path)
@@ -218,33 +246,34 @@ def read_rows(path, fields, optional=None):
     if not rows:
         raise UserError(f"{path}: no rows")
     for place, row in zip(places, rows, strict=True):
-        check_row(place, row, fields, optional or {})
+        validate(place, row, model)
     return rows
 
 
-def check_row(place, row, fields, optional):
-    """One row against {field: type}; UserError beginning with `place`."""
-    if not isinstance(row, dict):
-        raise UserError(f"{place}: expected an object, got {type(row).__name__}")
-    for name, kind in {**fields, **optional}.items():
-        value = row.get(name)
-        if name not in row or (value is None and name in optional):
-            if name in fields:
-                raise UserError(f"{place}: field '{name}' is missing; expected {sorted(fields)}")
-            continue
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            names = " or ".join(k.__name__ for k in kinds)
-            raise UserError(f"{place}: field '{name}': expected {names}, got {type(value).__name__}")
-        if isinstance(value, str) and name in fields and not value.strip():
-            raise UserError(f"{place}: field '{name}' is empty")
-        if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
-            raise UserError(f"{place}: field '{name}': half a character (a lone surrogate); expected text")
+def validate(place: str | Path, value: object, model: type[ModelT]) -> ModelT:
+    """The value as an instance of `model`; UserError beginning with `place` for the first field that does not fit."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as e:
+        errors = e.errors(include_url=False)
+    if not errors[0]["loc"]:
+        raise UserError(f"{place}: expected an object, got {type(value).__name__}")
+    field, got = errors[0]["loc"][0], errors[0]["input"]
+    if errors[0]["type"] == "missing":
+        required = sorted(name for name, info in model.model_fields.items() if info.is_required())
+        raise UserError(f"{place}: field '{field}' is missing; expected {required}")
+    # a union has one error for each of its types
+    reasons = [
+        re.sub("^(Input should be|List should have|Value error,) ", "", x["msg"])
+        for x in errors
+        if x["loc"][0] == field
+    ]
+    raise UserError(f"{place}: field '{field}': expected {' or '.join(dict.fromkeys(reasons))}, got {got!r:.40}")
 
 
-def sha256(text):
+def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def file_sha256(path):
+def file_sha256(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()

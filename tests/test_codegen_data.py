@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from codegen_prepare import code_grams, description_grams, drop_near_duplicates, overlaps
-from distill.files import ROOT, UserError, read_rows
+from distill.files import ROOT, FilledText, StrictModel, UserError, read_rows
 from distill.tasks.codegen_mutants import mutants
 from distill.tasks.codegen_reply import extract_code, fenced
 from distill.tasks.codegen_sandbox import run_many
@@ -28,10 +28,15 @@ MBPP = {
 # The shipped tasks
 
 
+class PlannedTask(StrictModel):
+    topic: FilledText
+    plan: FilledText
+
+
 def test_shipped_tasks_are_many_different_and_complete():
     tasks = read_tasks(SHIPPED)
     assert len(tasks) >= 300
-    topics = Counter(row["topic"] for row in read_rows(SHIPPED, {"topic": str, "plan": str}))
+    topics = Counter(row["topic"] for row in read_rows(SHIPPED, PlannedTask))
     assert set(topics) == {"strings", "lists", "numbers", "dictionaries", "dates", "recursion", "classes", "files"}
     assert min(topics.values()) >= 30
     for task in tasks:
@@ -255,9 +260,9 @@ def test_prepare_takes_what_a_teacher_wrote_and_the_sandbox_saw_pass(run, jsonl,
     ("rows", "message"),
     [
         ([{"solution": "x"}], "row 1: field 'prompt' is missing"),
-        ([ADD, {**ADD, "tests": 5}], "row 2: field 'tests': expected str or list, got int"),
+        ([ADD, {**ADD, "tests": 5}], "row 2: field 'tests': expected a valid string or a valid list, got 5"),
         ([{"text": "x"}], "row 1: field 'test_list' is missing"),
-        ([{**ADD, "prompt": "  "}], "row 1: field 'prompt' is empty"),
+        ([{**ADD, "prompt": "  "}], "row 1: field 'prompt': expected text that is not blank, got '  '"),
         ([{**ADD, "tests": "assert False"}], "none of 1 tasks is left: {'solution fails: wrong answer': 1}"),
         ([], "the file is empty"),
     ],

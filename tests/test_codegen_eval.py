@@ -453,7 +453,7 @@ def test_infer_refuses_rows_with_half_a_character(here, jsonl, tmp_path, field):
     row = {"prompt": "x", "tests": "assert f() == ''", field: "assert f() == '\ud800'"}
     r = here("infer_codegen.py", "--model_dir", "x", "--input", jsonl("m.jsonl", [row]), "--output", tmp_path / "o")
     assert r.returncode == 2
-    assert f"field '{field}': half a character" in r.stderr
+    assert f"field '{field}': expected Unicode text" in r.stderr
     assert r.stderr.count("\n") == 1
 
 

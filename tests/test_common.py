@@ -26,7 +26,7 @@ from common import (
     prompt_of,
     unit_hash,
 )
-from distill.files import UserError, atomic_write, read_rows, write_json
+from distill.files import FilledText, StrictModel, Text, UserError, atomic_write, read_rows, write_json
 from distill.hardware import weight_bytes
 
 SIX = ("Good", "Good enough", "Standard", "Bad", "Very bad indeed", "Very good")  # several tokens, one a beginning
@@ -44,15 +44,30 @@ def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
+class Row(StrictModel):
+    a: FilledText
+    o: Text | list[Text] | None = None
+    n: int | None = None
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "the file is empty"),
         ('{"a": "x"}\n{"a": \n', ":2: not JSON"),
         ('{"a": "x"}\n{"b": "x"}\n', ":2: field 'a' is missing"),
-        ('{"a": 3}\n', ":1: field 'a': expected str, got int"),
-        ('{"a": true}\n', ":1: field 'a': expected str, got bool"),
-        ('{"a": "  "}\n', ":1: field 'a' is empty"),
+        ('{"a": 3}\n', ":1: field 'a': expected a valid string, got 3"),
+        ('{"a": true}\n', ":1: field 'a': expected a valid string, got True"),
+        ('{"a": "  "}\n', ":1: field 'a': expected text that is not blank, got '  '"),
+        ('{"a": "x", "n": true}\n', ":1: field 'n': expected a valid integer, got True"),
+        ('{"a": "x", "n": 1.0}\n', ":1: field 'n': expected a valid integer, got 1.0"),
+        (
+            '{"a": "x\\ud83d"}\n',
+            ":1: field 'a': expected Unicode text (a lone surrogate is half a character), got 'x\\ud83d'",
+        ),
+        ('{"a": "x", "o": ["x", "\\ud83d"]}\n', ":1: field 'o': expected a valid string or Unicode text"),
+        ('{"a": "x", "o": 3}\n', ":1: field 'o': expected a valid string or a valid list, got 3"),
+        (json.dumps({"a": [0] * 99}), ":1: field 'a': expected a valid string, got [0, 0, 0"),
         ('["x"]', "item 1: expected an object, got str"),
         ("[]", "no rows"),
     ],
@@ -61,28 +76,35 @@ def test_bad_rows_name_file_line_and_field(tmp_path, text, message):
     path = tmp_path / "rows.jsonl"
     path.write_text(text)
     with pytest.raises(UserError) as e:
-        read_rows(path, {"a": str})
+        read_rows(path, Row)
     assert str(e.value).startswith(str(path)) and message in str(e.value) and "\n" not in str(e.value)
+
+
+def test_rows_keep_all_their_fields(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"a": " x ", "o": None, "n": None, "more": [1, {"b": "\ud83d"}]}, {"o": "", "a": "y"}]
+    path.write_text("\n\n".join(map(json.dumps, rows)))
+    assert read_rows(path, Row) == rows
 
 
 def test_missing_and_binary_files(tmp_path):
     with pytest.raises(UserError, match="no such file"):
-        read_rows(tmp_path / "none.jsonl", {})
+        read_rows(tmp_path / "none.jsonl", Row)
     (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="expected UTF-8"):
-        read_rows(tmp_path / "b.jsonl", {})
+        read_rows(tmp_path / "b.jsonl", Row)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"labels": ["a"]}, "field 'labels': expected a list of at least 2"),
+        ({"labels": ["a"]}, "field 'labels': expected at least 2 items"),
         ({"labels": ["a", "a"]}, "expected different labels"),
         ({"labels": ["a", " b"]}, "without surrounding white space"),
         ({"template": "no place"}, "expected {input} exactly once"),
-        ({"null_inputs": []}, "field 'null_inputs': expected a list of at least 1"),
-        ({"null_inputs": ["\ud800"]}, "field 'null_inputs': half a character"),
-        ({"name": 3}, "field 'name': expected str, got int"),
+        ({"null_inputs": []}, "field 'null_inputs': expected at least 1 item"),
+        ({"null_inputs": ["\ud800"]}, "field 'null_inputs': expected Unicode text"),
+        ({"name": 3}, "field 'name': expected a valid string, got 3"),
     ],
 )
 def test_a_bad_task_file_is_named(tmp_path, change, message):
@@ -429,6 +451,11 @@ def test_a_fit_survives_its_file_and_a_bad_file_is_named(tmp_path, task):
     fit = Calibration(1.0, (0.1, 0.2, -0.3), 0.7, True)
     fit.save(tmp_path, task)
     assert Calibration.load(tmp_path, task) == fit
+    good = json.loads((tmp_path / "calibration.json").read_text())
+    for bad in ({"w": True}, {"w": float("nan")}, {"T": 0}, {"T": 1e6}, {"b": {**good["b"], "Good": "1"}}):
+        (tmp_path / "calibration.json").write_text(json.dumps(good | bad))
+        with pytest.raises(UserError, match=f"calibration.json: field '{next(iter(bad))}': expected"):
+            Calibration.load(tmp_path, task)
     fit = replace(fit, class_shares=(0.25, 0.25, 0.5), natural_shares=(0.125, 0.375, 0.5))
     fit.save(tmp_path, task, dev_rows=3)
     assert Calibration.load(tmp_path, task) == fit

@@ -101,7 +101,7 @@ def test_mistakes_are_the_plausible_ones():
     [
         ({"document": "x", "gold": {**GOLD, "total": 5}}, r"row 1: gold \$.total: 5 is not of type"),
         ({"document": "x", "gold": {"company": "A"}}, r"row 1: gold \$: 'date' is a required property"),
-        ({"document": " ", "gold": GOLD}, "field 'document' is empty"),
+        ({"document": " ", "gold": GOLD}, "field 'document': expected text that is not blank, got ' '"),
         ({"document": "x"}, "field 'gold' is missing"),
     ],
 )

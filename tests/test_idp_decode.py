@@ -349,7 +349,7 @@ def test_lenient_exits_2_rather_than_print_what_is_invalid(run, tiny, tmp_path):
         ('{"type": 3}', b"x", "not a valid JSON Schema"),
         ("[" * 50_000, b"x", "nested too deep"),
         ("{}", b" \n", "the file is empty"),
-        ("{}", b"\x89PNG\xff\x00", "expected UTF-8 text, byte 0 is none"),
+        ("{}", b"\x89PNG\xff\x00", "expected UTF-8 text; invalid byte at 0"),
         ("{}", b"abc\x00def", "binary"),
         ("{}", b"word " * 210_000, "1,050,000 characters; expected a document of at most 200,000"),
     ],

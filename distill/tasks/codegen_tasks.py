@@ -6,7 +6,9 @@ import importlib.util
 import json
 from pathlib import Path
 
-from distill.files import UserError, check_row, read_rows
+from pydantic import AliasChoices, Field
+
+from distill.files import FilledText, StrictModel, Text, UserError, read_rows, validate
 
 
 def code_prompt(task, plan=None):
@@ -29,6 +31,32 @@ def program(task, code):
     return stub + code if code[:1].isspace() or not stub else f"{stub}\n\n{code}"
 
 
+class TaskRow(StrictModel):
+    task_id: Text | int | None = None
+    prompt: FilledText
+    tests: Text | list[Text] | None = None
+    solution: Text | None = None
+    plan: Text | None = None
+
+
+class MBPPRow(StrictModel):
+    task_id: Text | int | None = None
+    text: FilledText = Field(validation_alias=AliasChoices("text", "prompt"))  # the sanitized MBPP says prompt
+    test_list: list[Text]
+    test_setup_code: Text | None = None
+    test_imports: list[Text] | None = None
+    code: Text | None = None
+    solution: Text | None = None
+
+
+class SampleRow(StrictModel):
+    """A row that infer_codegen.py writes; one with an error has no code."""
+
+    prompt: FilledText
+    code: Text | None = None
+    plan: Text | None = None
+
+
 def read_tasks(path):
     """Tasks of a JSON or JSONL file: [{"task_id", "prompt", "tests"?, "solution"?, "plan"?}].
 
@@ -38,29 +66,24 @@ def read_tasks(path):
     Errors: UserError naming file and row.
     """
     tasks = []
-    for i, row in enumerate(read_rows(path, {}), 1):
+    for i, row in enumerate(read_rows(path, StrictModel), 1):
         place = f"{path}: row {i}"
         if "text" in row or "test_list" in row:
-            request = "text" if "text" in row else "prompt"  # the sanitized MBPP says prompt
-            optional = {"code": str, "solution": str, "test_setup_code": str, "test_imports": list}
-            check_row(place, row, {request: str, "test_list": list}, optional)
-            asserts = "\n".join(map(str, row["test_list"]))
+            mbpp = validate(place, row, MBPPRow)
+            asserts = "\n".join(mbpp.test_list)
             if not asserts.strip():
                 raise UserError(f"{place}: field 'test_list' is empty; expected asserts")
-            setup = [row.get("test_setup_code") or "", *map(str, row.get("test_imports") or [])]
+            setup = [mbpp.test_setup_code or "", *(mbpp.test_imports or [])]
             task = {
-                "prompt": f"{row[request].strip()}\nYour code should pass these tests:\n{asserts}",
+                "prompt": f"{mbpp.text.strip()}\nYour code should pass these tests:\n{asserts}",
                 "tests": "\n".join([*setup, asserts]),
-                "solution": (row.get("code") or row.get("solution") or "").replace("\r\n", "\n"),
+                "solution": (mbpp.code or mbpp.solution or "").replace("\r\n", "\n"),
             }
         else:
-            check_row(place, row, {"prompt": str}, {"tests": (str, list), "solution": str, "plan": str})
-            tests = row.get("tests") or ""
-            tests = tests if isinstance(tests, str) else "\n".join(map(str, tests))
+            tests = validate(place, row, TaskRow).tests or ""
+            tests = tests if isinstance(tests, str) else "\n".join(tests)
             task = {**row, "tests": tests if tests.strip() else ""}
-        task = {"task_id": str(row.get("task_id", i)), **{k: v for k, v in task.items() if k != "task_id"}}
-        check_row(place, task, {}, dict.fromkeys(("task_id", "prompt", "tests", "solution", "plan"), str))
-        tasks.append(task)
+        tasks.append({"task_id": str(row.get("task_id", i)), **{k: v for k, v in task.items() if k != "task_id"}})
     return tasks
 
 

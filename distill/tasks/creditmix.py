@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from common import Task, unit_hash
-from distill.files import UserError, read_rows
+from distill.files import FilledText, StrictModel, Text, UserError, read_rows
 
 SIX = ["Age", "Occupation", "Annual Income", "Outstanding Debt", "Credit Utilization Ratio", "Payment Behaviour"]
 
@@ -80,6 +80,12 @@ EXTRA = {
 }
 
 
+class LabelledRow(StrictModel):
+    question: FilledText
+    answer: FilledText
+    group: Text | None = None
+
+
 def read_raw(path: str | Path, columns: str = "six") -> tuple[list[dict], Counter]:
     """Rows {"question": features text, "answer": label, "group": customer} of a source, and a Counter of dropped rows.
 
@@ -90,7 +96,7 @@ def read_raw(path: str | Path, columns: str = "six") -> tuple[list[dict], Counte
         return read_csv(path, columns)
     if columns != "six":
         raise UserError(f"{path}: --columns {columns}: expected the CSV; the texts of this file are as they are")
-    rows = read_rows(path, {"question": str, "answer": str}, {"group": str})
+    rows = read_rows(path, LabelledRow)
     return [{**r, "group": r.get("group") or customer(r["question"])} for r in rows], Counter()
 
 

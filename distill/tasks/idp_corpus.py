@@ -4,8 +4,25 @@ import re
 from difflib import SequenceMatcher
 
 from common import row_hash
-from distill.files import UserError, read_rows
+from distill.files import FilledText, StrictModel, Text, UserError, read_rows
 from distill.tasks.idp_schema import compact, parse_valid, validator
+
+
+class DocumentRow(StrictModel):
+    document: FilledText
+
+
+class CorpusRow(DocumentRow):
+    gold: dict | list | None = None
+    teacher: dict | list | Text | None = None
+    group: Text | None = None
+
+
+class ResultRow(StrictModel):
+    """A row that infer_idp.py writes."""
+
+    line: int
+    output: dict | list
 
 
 def read_corpus(path, schema, group_field):
@@ -29,7 +46,7 @@ def read_answers(paths, schema, group_field):
     """
     judge, found, invalid = validator(schema), [], 0
     for path in paths:
-        rows = read_rows(path, {"document": str}, {"gold": (dict, list), "teacher": (dict, list, str), "group": str})
+        rows = read_rows(path, CorpusRow)
         for i, row in enumerate(rows, 1):
             place = f"{path}: row {i}"
             if row.get("gold") is None and row.get("teacher") is None:

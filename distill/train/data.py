@@ -12,7 +12,7 @@ from common import (
     row_hash,
     unit_hash,
 )
-from distill.files import UserError, read_rows
+from distill.files import FilledText, StrictModel, Text, UserError, read_rows
 
 
 def find_task_file(data: Path, given: Path | None = None) -> Path | None:
@@ -24,18 +24,42 @@ def find_task_file(data: Path, given: Path | None = None) -> Path | None:
     return None
 
 
+class TrainingRow(StrictModel):
+    """Fields that every route may have. copy_of: hash of the prompt that augmentation changed."""
+
+    group: Text | None = None
+    copy_of: Text | None = None
+
+
+class SFTRow(TrainingRow):
+    input: FilledText
+    output: FilledText
+
+
+class KDRow(TrainingRow):
+    input: FilledText
+    teacher_output: Text | None = None
+    teacher_probs: dict | None = None
+    output: Text | None = None
+
+
+class DPORow(TrainingRow):
+    prompt: FilledText
+    chosen: FilledText
+    rejected: FilledText
+
+
 def read_training_rows(
-    path: Path, fields: dict, answer: str, task_path: Path | None, optional: dict | None = None
+    path: Path, model: type[TrainingRow], answer: str, task_path: Path | None
 ) -> tuple[list[dict], Task | None]:
     """Rows of a training file and their label task, or None for free text.
 
-    fields, optional: {name: type} as in read_rows; "group" and "copy_of" are optional in every route.
     answer: the field whose values must be labels of the task, where they are not empty.
     Each row gets "row_number" (from 1) and "hashes", what an evaluation compares with its own rows: the hash of its
     prompt and, for a row that augmentation made, of its original's. Copies made later inherit both.
     Errors: UserError for a malformed row or an answer that is no label.
     """
-    rows = read_rows(path, fields, {"group": str, "copy_of": str, **(optional or {})})
+    rows = read_rows(path, model)
     for i, row in enumerate(rows, 1):
         row["row_number"] = i
         row["hashes"] = [row_hash(prompt_of(row))] + ([row["copy_of"]] if row.get("copy_of") else [])

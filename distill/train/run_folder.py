@@ -10,7 +10,7 @@ from pathlib import Path
 
 from common import Task, label_classes, prompt_of
 from distill.calibrate import class_shares, fit_and_save, natural_shares
-from distill.files import UserError, atomic_write, check_row, file_sha256, read_json, write_json
+from distill.files import StrictModel, UserError, atomic_write, file_sha256, read_json, validate, write_json
 from distill.model.hub import adapter_sha256
 from distill.run_record import run_record
 
@@ -77,6 +77,10 @@ def check_run(
     return Run(route, save_dir, student, data, settings, identity, checkpoint)
 
 
+class RunRecord(StrictModel):
+    same: dict  # what a resumed run must have in common with the first
+
+
 def check_checkpoint(save_dir: Path, resume: str, identity: dict[str, str]) -> Path:
     """The checkpoint folder that `resume` names; UserError unless it is whole and of the same run."""
     if resume == "last":
@@ -90,10 +94,10 @@ def check_checkpoint(save_dir: Path, resume: str, identity: dict[str, str]) -> P
     damaged = damaged_file(folder)
     if damaged:
         raise UserError(f"{damaged}: missing or damaged; expected an earlier checkpoint, or {folder} removed")
-    before = read_json(folder.parent / "run.json")
-    check_row(folder.parent / "run.json", before, {"same": dict}, {})
+    path = folder.parent / "run.json"
+    before = validate(path, read_json(path), RunRecord)
     for name, value in identity.items():
-        if (old := before["same"].get(name)) != value:
+        if (old := before.same.get(name)) != value:
             raise UserError(f"{folder}: field '{name}' of its run.json is {old!r}; expected {value!r}")
     return folder
 
@@ -124,12 +128,12 @@ def damaged_file(checkpoint: Path) -> Path | None:
         path = checkpoint / name
         try:
             if path.suffix == ".json":
-                check_row(path, read_json(path), {"global_step": int}, {})
+                read_json(path)["global_step"]
             elif path.suffix == ".safetensors":
                 safe_open(path, "pt")
             elif not zipfile.is_zipfile(path):  # torch.save writes a zip file, its directory last
                 return path
-        except (UserError, SafetensorError, OSError):
+        except (UserError, SafetensorError, OSError, LookupError, TypeError):
             return path
     states = checkpoint.glob("rng_state*.pth")
     return next((path for path in states if not zipfile.is_zipfile(path)), None)

@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from common import row_hash
-from distill.files import UserError, read_rows, write_jsonl
+from distill.files import FilledText, StrictModel, UserError, read_rows, write_jsonl
 from distill.train.teacher_apis import Answer, Chat, SystemOne
 from distill.train.teacher_endpoint import Endpoint
 
@@ -35,6 +35,12 @@ def write_batch(path: Path, endpoint: Endpoint, protocol: Chat | SystemOne, prom
     return paths
 
 
+class BatchResult(StrictModel):
+    custom_id: FilledText
+    response: dict | None = None
+    error: dict | None = None
+
+
 def read_batch(
     paths: list[str | Path], protocol: Chat | SystemOne, prompts: list[str]
 ) -> tuple[dict[str, Answer], dict[str, int]]:
@@ -45,7 +51,7 @@ def read_batch(
     by_hash = {row_hash(prompt): prompt for prompt in prompts}
     answers, failed = {}, Counter()
     for path in paths:
-        for i, row in enumerate(read_rows(path, {"custom_id": str}, {"response": dict, "error": dict}), 1):
+        for i, row in enumerate(read_rows(path, BatchResult), 1):
             if "response" not in row and "error" not in row:
                 raise UserError(f"{path}: result {i}: field 'response' is missing; expected a result, not a request")
             response = row.get("response") or {}
