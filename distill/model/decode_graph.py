@@ -86,18 +86,26 @@ class DecodeStep:
         counts.add_(1)
 
     def capture(self, model: PreTrainedModel, key: tuple[int, int, str]) -> None:
-        """Record a step. The passes that warm up write where the next step writes again; the state is put back."""
+        """Record a step. The passes that warm up write where the next step writes again; the state is put back.
+
+        Error: RuntimeError where a replay does not give what the step gives.
+        """
         before, stream = self.state.clone(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
-                self.step(model, *key)
+                expected = self.step(model, *key)
+                expected = self.state[0].clone() if expected is None else expected.clone()
                 self.state.copy_(before)
         torch.cuda.current_stream().wait_stream(stream)
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             output = self.step(model, *key)
+        graph.replay()
+        if not torch.equal(self.state[0] if output is None else output, expected):
+            raise RuntimeError(f"a captured step of {key[0]} rows gives other results than the step itself")
+        self.state.copy_(before)
         self.graphs[key], self.outputs[key] = graph, output
 
     def release(self) -> None:
