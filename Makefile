@@ -3,12 +3,13 @@
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 PY := .venv/bin/python
+EXTRA := .venv-extra/bin/python
 MARK := .venv/.installed-$(shell cat requirements.txt Makefile | cksum | cut -d' ' -f1)
 
 ROW := Age: 23.0, Occupation: Scientist, Annual Income: 19114.12, Outstanding Debt: 809.98,
 ROW += Credit Utilization Ratio: 35.03, Payment Behaviour: Low_spent_Small_value_payments
 
-.PHONY: setup demo test bench serve
+.PHONY: setup demo test test-extra bench serve
 
 setup: $(MARK)
 
@@ -38,6 +39,14 @@ test: setup
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
 	@# most tests start a script: two at a time, a thread each
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+
+test-extra: setup
+	@echo "== tests of what needs optional packages: an environment that sees .venv and has them beside it"
+	@test -x $(EXTRA) || $(PY) -m venv .venv-extra
+	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$($(EXTRA) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+	@$(EXTRA) -m pip install --quiet --disable-pip-version-check -r requirements-export.txt -r requirements-ray.txt
+	@OMP_NUM_THREADS=1 $(EXTRA) -m pytest -n 2 -m extra -rs
 
 bench: setup
 	@$(PY) tests/bench_scorer.py

@@ -5,6 +5,7 @@
         --tests test_top.py --n 5 --plan_then_code
     python infer_codegen.py --model_dir smollm2-135m --prompt "Write add(a, b)." --max_new_tokens 40       # CPU
     python infer_codegen.py --model_dir runs/codegen_sft --data requests.jsonl --out code.jsonl --n 10  # batches
+    python infer_codegen.py --endpoint http://127.0.0.1:8080/v1 --prompt "Write add(a, b)."    # llama.cpp, Ollama, vLLM
 
 Only code goes to standard output, the rest (plan, sandbox, verdicts) to standard error; --json shows whole replies.
 Exit code 1: no reply holds code, or --tests were given and no sample passes them.
@@ -22,6 +23,7 @@ from distill.tasks.codegen_reply import Screen, TokenStream, only_code
 from distill.tasks.codegen_samples import Sampling, add_sampling_arguments, sample, sample_to_file
 from distill.tasks.codegen_sandbox import add_isolation_argument, require_isolation, run_many
 from distill.tasks.codegen_tasks import parse_tests, program, read_tasks
+from distill.tasks.endpoint import Endpoint
 
 
 def main(args):
@@ -34,9 +36,13 @@ def main(args):
             parse_tests(task["tests"], f"{args.data}: task {task['task_id']}")
     if tests is not None or any(t.get("tests") for t in tasks):
         print(require_isolation(args.require_isolation), file=sys.stderr)
-    model, tokenizer = load_model(args.model_dir, args.precision)
+    if args.endpoint:
+        model, tokenizer = Endpoint(args.endpoint, args.endpoint_model), None
+        name = f"{model.url} {model.model}"
+    else:
+        name, (model, tokenizer) = args.model_dir, load_model(args.model_dir, args.precision)
     if args.data:
-        write_batch(model, tokenizer, args.model_dir, tasks, sampling, args.out)
+        write_batch(model, tokenizer, name, tasks, sampling, args.out)
     else:
         answer(model, tokenizer, args.prompt, sampling, tests, args.json)
 
@@ -57,7 +63,7 @@ def check_arguments(args):
 
 def answer(model, tokenizer, prompt: str, sampling: Sampling, tests: str | None, as_json: bool) -> None:
     """Print all samples for one prompt, or with tests the first that passes; exit code 1 when none does."""
-    stream = sys.stdout.isatty() and sampling.n == 1 and tests is None and not as_json
+    stream = tokenizer is not None and sys.stdout.isatty() and sampling.n == 1 and tests is None and not as_json
     screen = Screen()
     streams = {}
     if stream:
@@ -132,7 +138,10 @@ def write_batch(model, tokenizer, name: str, tasks: list[dict], sampling: Sampli
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model_dir", required=True, help="adapter folder, model folder, hub id or smollm2-135m")
+    where = p.add_mutually_exclusive_group(required=True)
+    where.add_argument("--model_dir", help="adapter folder, model folder, hub id or smollm2-135m")
+    where.add_argument("--endpoint", help="http://host:port/v1 of llama.cpp, Ollama or vLLM in place of a model here")
+    p.add_argument("--endpoint_model", help="the model's name there (default: the first that the server lists)")
     p.add_argument("--prompt", help="the request")
     p.add_argument(
         "--plan_then_code", action="store_true", help="a plan first, then code that follows it; twice the calls"

@@ -3,6 +3,10 @@
     python infer_idp.py --model_dir runs/idp_sft --schema data/idp_schema.json --document "INVOICE 17 ..."
     python infer_idp.py --model_dir runs/idp_sft --schema data/idp_schema.json --data docs.jsonl --out out.jsonl
 
+With a server that holds the model (llama.cpp, Ollama, vLLM):
+
+    python infer_idp.py --endpoint http://127.0.0.1:8080/v1 --schema data/idp_schema.json --document "INVOICE 17 ..."
+
 On a CPU, with the embedded student untrained:
 
     python infer_idp.py --model_dir smollm2-135m --schema data/sroie_schema.json --document "ACME LTD  TOTAL 5.00"
@@ -14,6 +18,7 @@ context is read in overlapping pieces, whose results are merged (distill/tasks/i
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -21,9 +26,10 @@ from tqdm import tqdm
 from common import load_model, row_hash
 from distill.files import ResumableJsonl, UserError, cli, positive, read_json, read_rows, read_text, write_jsonl
 from distill.model.hub import adapter_sha256
+from distill.tasks.endpoint import Endpoint
 from distill.tasks.idp_corpus import DocumentRow
 from distill.tasks.idp_decode import Constraint, Vocabulary
-from distill.tasks.idp_documents import check_document, extract
+from distill.tasks.idp_documents import check_document, extract, extract_from
 from distill.tasks.idp_schema import check_schema, compact
 
 BATCHES = 4  # batches per write of the results; a stopped run loses at most these
@@ -32,20 +38,29 @@ BATCHES = 4  # batches per write of the results; a stopped run loses at most the
 def main(args):
     try:
         schema = read_json(args.schema)
-        grammar = check_schema(schema, args.lenient)
+        grammar = check_schema(schema, args.lenient or bool(args.endpoint))
     except RecursionError:
         raise UserError(f"{args.schema}: nested too deep to be read") from None
     documents = read_documents(args.document, args.data, args.out)
-    model, tokenizer = load_model(args.model_dir, args.precision)
-    vocab = Vocabulary.of(tokenizer, model.config.get_text_config().vocab_size)
-    constraint = Constraint.of(grammar, vocab, args.max_new_tokens)
-    if args.out:
-        keys = result_keys(args.model_dir, schema, args.max_new_tokens, documents)
-        write_results(
-            model, tokenizer, documents, keys, schema, constraint, args.max_new_tokens, args.batch_size, args.out
-        )
+    if args.endpoint:
+        endpoint = Endpoint(args.endpoint, args.endpoint_model)
+        name = f"{endpoint.url} {endpoint.model}"
+
+        def extract_batch(batch, first=1):
+            return extract_from(endpoint, batch, schema, args.max_new_tokens, args.batch_size, first)
     else:
-        (value,) = extract(model, tokenizer, documents, schema, constraint, args.max_new_tokens, args.batch_size)
+        name, (model, tokenizer) = args.model_dir, load_model(args.model_dir, args.precision)
+        vocab = Vocabulary.of(tokenizer, model.config.get_text_config().vocab_size)
+        constraint = Constraint.of(grammar, vocab, args.max_new_tokens)
+
+        def extract_batch(batch, first=1):
+            return extract(model, tokenizer, batch, schema, constraint, args.max_new_tokens, args.batch_size, first)
+
+    if args.out:
+        keys = result_keys(name, schema, args.max_new_tokens, documents)
+        write_results(extract_batch, documents, keys, args.batch_size * BATCHES, args.out)
+    else:
+        (value,) = extract_batch(documents)
         if isinstance(value, UserError):
             raise value
         print(json.dumps(value, ensure_ascii=False, indent=1))
@@ -77,18 +92,11 @@ def result_keys(model_dir: str, schema, max_new_tokens: int, documents: list[str
 
 
 def write_results(
-    model,
-    tokenizer,
-    documents: list[str],
-    keys: list[str],
-    schema,
-    constraint: Constraint,
-    max_new_tokens: int,
-    batch_size: int,
-    out: Path,
+    extract_batch: Callable[[list[str], int], list], documents: list[str], keys: list[str], step: int, out: Path
 ) -> None:
     """Write one result per line to `out`; a stopped run resumes from the finished results in <out>.part.
 
+    extract_batch(documents, number of the first): results of at most `step` documents.
     Error: UserError, after the last document, if any has an "error" in place of an "output". Errors are final: a
     resumed run does not try those documents again.
     """
@@ -96,10 +104,9 @@ def write_results(
     done = part.rows
     if [r.get("key") for r in done] != keys[: len(done)]:
         part.truncate(0)  # results of another model, schema or input
-    step = batch_size * BATCHES
     for at in tqdm(range(len(done), len(documents), step), desc="documents", unit=f"{step}"):
         batch = documents[at : at + step]
-        values = extract(model, tokenizer, batch, schema, constraint, max_new_tokens, batch_size, at + 1)
+        values = extract_batch(batch, at + 1)
         found = [{"error": str(v)} if isinstance(v, UserError) else {"output": v} for v in values]
         part.append(*({"line": i + 1, "key": keys[i], **row} for i, row in enumerate(found, at)))
     write_jsonl(out, [{k: v for k, v in r.items() if k != "key"} for r in done])
@@ -115,7 +122,10 @@ def write_results(
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model_dir", required=True, help="adapter folder, model folder, hub id or smollm2-135m")
+    where = p.add_mutually_exclusive_group(required=True)
+    where.add_argument("--model_dir", help="adapter folder, model folder, hub id or smollm2-135m")
+    where.add_argument("--endpoint", help="http://host:port/v1 of llama.cpp, Ollama or vLLM in place of a model here")
+    p.add_argument("--endpoint_model", help="the model's name there (default: the first that the server lists)")
     p.add_argument("--schema", required=True, type=Path, help="JSON Schema (draft 2020-12) of the result")
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--document", help="the document's text, or - for standard input")

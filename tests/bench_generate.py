@@ -23,7 +23,7 @@ from transformers import GenerationConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import load_model, prompt_ids
-from distill.files import ROOT, cli, positive, read_rows
+from distill.files import ROOT, StrictModel, cli, positive, read_rows
 from distill.model.generate import end_tokens, generate
 from distill.model.hub import EMBEDDED
 from distill.model.sampling import Request, random_numbers
@@ -132,11 +132,9 @@ def with_adapters(model, number):
 def prompts_of(tokenizer, kind, n):
     """Token ids of n prompts: requests for code, or documents with the schema."""
     if kind == "free":
-        texts = [
-            code_prompt(row["prompt"]) for row in read_rows(ROOT / "data" / "codegen_tasks.jsonl", {"prompt": str})
-        ]
+        texts = [code_prompt(row["prompt"]) for row in read_rows(ROOT / "data" / "codegen_tasks.jsonl", StrictModel)]
     else:
-        rows = read_rows(ROOT / "data" / "idp_corpus.jsonl", {"document": str})
+        rows = read_rows(ROOT / "data" / "idp_corpus.jsonl", StrictModel)
         texts = [idp_prompt(SCHEMA, row["document"]) for row in rows]
     return prompt_ids(tokenizer, [texts[i % len(texts)] for i in range(n)])
 

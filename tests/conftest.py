@@ -1,5 +1,6 @@
 """A tiny random student with the real tokenizer, adapters for it, and a way to run the scripts as a user does."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -16,6 +17,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from common import Calibration, Task  # noqa: E402
 from distill.files import write_json  # noqa: E402
 from distill.model.hub import embedded_student  # noqa: E402
+
+
+def pytest_runtest_setup(item):
+    for mark in item.iter_markers("extra"):
+        for package in mark.args:
+            if importlib.util.find_spec(package) is None:
+                pytest.skip(f"{package} is not installed; `make test-extra` installs it")
 
 
 @pytest.fixture(scope="session")

@@ -246,14 +246,14 @@ def test_a_long_document_keeps_to_max_items_or_is_an_error(tiny, monkeypatch, ca
     pages = iter(range(99))
     monkeypatch.setattr(
         GENERATE_VALID,
-        lambda m, t, prompts, *_, **__: [{f"p{next(pages)}": [1, 2]} for _ in prompts],
+        lambda ask, prompts, judge: [{f"p{next(pages)}": [1, 2]} for _ in prompts],
     )
     document = "Price 1.00\n" * 400
     rule = {"type": "object", "maxProperties": 1}
     error, value = extract(model, tokenizer, [document, "Price 1.00"], rule, None, 40, first=7)
     assert isinstance(error, UserError) and value == {f"p{next(pages) - 1}": [1, 2]}
     assert re.match(r"document 7: its pieces together are not valid: \$: .* too many properties", str(error))
-    monkeypatch.setattr(GENERATE_VALID, lambda m, t, prompts, *_, **__: [[next(pages), 0] for _ in prompts])
+    monkeypatch.setattr(GENERATE_VALID, lambda ask, prompts, judge: [[next(pages), 0] for _ in prompts])
     (value,) = extract(model, tokenizer, [document], {"type": "array", "maxItems": 3}, None, 40)
     assert len(value) == len({*value}) == 3 and "WARNING: document 1: $: " in capsys.readouterr().err
 
@@ -319,7 +319,7 @@ def test_a_stopped_run_goes_on(tiny, jsonl, tmp_path):
 def test_a_document_without_a_result_does_not_stop_the_others(tiny, jsonl, tmp_path, monkeypatch):
     monkeypatch.setattr(
         GENERATE_VALID,
-        lambda m, t, prompts, *_, **__: [UserError("no valid JSON") if "BAD" in p else {"total": "1"} for p in prompts],
+        lambda ask, prompts, judge: [UserError("no valid JSON") if "BAD" in p else {"total": "1"} for p in prompts],
     )
     source, out = jsonl("docs.jsonl", [{"document": d} for d in ("A", "BAD", "C", "BAD")]), tmp_path / "out.jsonl"
     options = {**OPTIONS, "lenient": True}
@@ -359,7 +359,7 @@ def test_bad_input_is_one_line_and_exit_code_2_before_a_model_loads(capsys, tmp_
     (tmp_path / "d.txt").write_bytes(document)
     paths = {"schema": tmp_path / "s.json", "data": tmp_path / "d.txt", "document": None, "out": None}
     with pytest.raises(SystemExit) as stop:
-        given = SimpleNamespace(model_dir="no-such-model", lenient=False, **paths)
+        given = SimpleNamespace(model_dir="no-such-model", endpoint=None, lenient=False, **paths)
         cli(main, SimpleNamespace(parse_args=lambda: given))
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and out == ""

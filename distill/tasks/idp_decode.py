@@ -11,6 +11,7 @@ cannot be enforced is refused by name. tests/bench_idp.py measures the decoder o
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import count
@@ -228,31 +229,16 @@ def generate_texts(
 
 
 def generate_valid(
-    model,
-    tokenizer,
-    messages: list[str],
-    max_new_tokens: int,
-    constraint: Constraint,
-    judge: Draft202012Validator,
-    *,
-    batch_size: int,
-    desc: str | None = None,
+    ask: Callable[[list[str], int], list[str]], messages: list[str], judge: Draft202012Validator
 ) -> list:
-    """One valid value per message, or a UserError where ATTEMPTS gave none, which happens under --lenient only."""
+    """One valid value per message, or a UserError where ATTEMPTS gave none.
+
+    ask(messages, attempt): one answer per message; of attempt 0 the likeliest, of later ones sampled.
+    """
     values, wrong = {}, {}
     for attempt in range(ATTEMPTS):
         left = [i for i in range(len(messages)) if i not in values]
-        texts = generate_texts(
-            model,
-            tokenizer,
-            [messages[i] for i in left],
-            max_new_tokens,
-            batch_size=batch_size,
-            constraint=constraint,
-            temperature=SAMPLING_TEMPERATURE if attempt else 0.0,
-            seed=attempt,
-            desc=desc if attempt == 0 else None,
-        )
+        texts = ask([messages[i] for i in left], attempt)
         for i, text in zip(left, texts, strict=True):
             value, wrong[i] = parse_valid(text, judge)
             if wrong[i] is None:

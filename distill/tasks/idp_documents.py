@@ -1,6 +1,7 @@
 """Documents to JSON: the prompt, long documents in overlapping pieces, and the merging of their results."""
 
 import sys
+from collections.abc import Callable
 
 from jsonschema import Draft202012Validator
 
@@ -8,7 +9,8 @@ from common import prompt_ids
 from distill.files import UserError
 from distill.model.chat_template import escape_special_tokens
 from distill.model.generate import context_length
-from distill.tasks.idp_decode import Constraint, generate_valid
+from distill.tasks.endpoint import Endpoint
+from distill.tasks.idp_decode import SAMPLING_TEMPERATURE, Constraint, generate_texts, generate_valid
 from distill.tasks.idp_schema import compact, validator
 
 MAX_CHARS = 200_000  # of one document: about 100 pages; more is a mistake in the call rather than a document
@@ -121,14 +123,50 @@ def extract(
     A UserError takes the place of a value where generate_valid finds none, or where the pieces of a document are not
     valid together. The caller raises it if it needs that document; the others are not affected.
     """
-    judge, context = validator(schema), context_length(model)
-    pieces = [(i, p) for i, d in enumerate(documents) for p in pieces_of(d, schema, tokenizer, context, max_new_tokens)]
-    messages = [idp_prompt(schema, piece) for _, piece in pieces]
-    values = generate_valid(
-        model, tokenizer, messages, max_new_tokens, constraint, judge, batch_size=batch_size, desc=desc
-    )
+    context = context_length(model)
+    pieces = [pieces_of(d, schema, tokenizer, context, max_new_tokens) for d in documents]
+
+    def ask(messages: list[str], attempt: int) -> list[str]:
+        return generate_texts(
+            model,
+            tokenizer,
+            messages,
+            max_new_tokens,
+            batch_size=batch_size,
+            constraint=constraint,
+            temperature=SAMPLING_TEMPERATURE if attempt else 0.0,
+            seed=attempt,
+            desc=desc if attempt == 0 else None,
+        )
+
+    return extract_pieces(ask, pieces, schema, first)
+
+
+def extract_from(
+    endpoint: Endpoint, documents: list[str], schema, max_new_tokens: int, batch_size: int = 8, first: int = 1
+) -> list:
+    """As extract, by a server: it holds answers to the schema as well as it can, and is asked again where it does not.
+
+    A document is read whole. One that exceeds the server's context is refused by it: UserError.
+    """
+
+    def ask(messages: list[str], attempt: int) -> list[str]:
+        temperature = SAMPLING_TEMPERATURE if attempt else 0.0
+        replies = endpoint.replies(
+            messages, max_new_tokens, batch_size=batch_size, temperature=temperature, seed=attempt, schema=schema
+        )
+        return [reply.text for (reply,) in replies]
+
+    return extract_pieces(ask, [[d] for d in documents], schema, first)
+
+
+def extract_pieces(ask: Callable[[list[str], int], list[str]], pieces: list[list[str]], schema, first: int = 1) -> list:
+    """One valid value, or a UserError, per document from its pieces. ask: see generate_valid; first: see extract."""
+    judge = validator(schema)
+    places = [(i, piece) for i, own in enumerate(pieces) for piece in own]
+    values = generate_valid(ask, [idp_prompt(schema, piece) for _, piece in places], judge)
     results = {}
-    for (i, _), value in zip(pieces, values, strict=True):
+    for (i, _), value in zip(places, values, strict=True):
         failed = next((v for v in (results.get(i), value) if isinstance(v, UserError)), None)
         results[i] = failed or (merge(results[i], value) if i in results else value)
     for i, value in results.items():
@@ -139,4 +177,4 @@ def extract(
         if error := next(judge.iter_errors(value), None):
             wrong = f"{error.json_path}: {error.message[:99]}"
             results[i] = UserError(f"document {first + i}: its pieces together are not valid: {wrong}")
-    return [results[i] for i in range(len(documents))]
+    return [results[i] for i in range(len(pieces))]
