@@ -50,9 +50,9 @@ def one_row(features: str) -> list[dict]:
 
 def classify(model_dir: str, task: Task, calibration: Calibration, texts: list[str], precision: str) -> list[dict]:
     """The answer to each text: prediction, scores and probabilities."""
+    model, tokenizer = load_model(model_dir, precision)
     if not calibration.fitted:
         print(f"{model_dir}: no calibration.json: null calibration, probabilities are not fitted", file=sys.stderr)
-    model, tokenizer = load_model(model_dir, precision)
     scorer = LabelScorer(model, tokenizer, task.labels, task.null_prompts())
     raw = scorer.score([task.prompt(text) for text in texts], progress=len(texts) > 1)
     return answers(task, raw, scorer.prior(task), calibration, model_dir)

@@ -50,6 +50,7 @@ def vocab():
 
 
 OPTIONS = {"document": None, "lenient": False, "max_new_tokens": 40, "batch_size": 2, "precision": "auto"}
+OPTIONS |= {"endpoint": None, "endpoint_model": None}
 GENERATE_VALID = "distill.tasks.idp_documents.generate_valid"
 
 
