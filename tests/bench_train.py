@@ -421,7 +421,7 @@ def show(r):
 
 
 def summary(lines, route):
-    """Best of each kind, and the ratios that issue 4 sets bars for."""
+    """Best of each kind, and the ratios that have bars."""
     best = {}
     for how in ("seed", "plain TRL", "ours"):
         of = "sft" if route == "kd" and how != "ours" else route
