@@ -8,6 +8,7 @@ from pydantic import create_model
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from common import SEED, Calibration, Task, holdout, row_hash, unit_hash
+from distill.evaluate import trained_rows
 from distill.files import ROOT, FilledText, StrictModel, UserError, read_json, read_rows
 from distill.model.hub import adapter_sha256, base_config, base_record, check_adapter
 from distill.tasks.codegen_tasks import code_prompt
@@ -71,8 +72,7 @@ class Source:
         where there are no others.
         """
         texts, source = self.rows_of(data) if data else self.shipped_rows()
-        seen = Path(self.model_dir) / "train_rows.txt"
-        trained = set(seen.read_text(encoding="utf-8").split()) if seen.is_file() else set()
+        trained = trained_rows(self.model_dir) or set()
         unseen = [text for text in dict.fromkeys(texts) if row_hash(text) not in trained] or texts
         return sorted(unseen, key=lambda text: unit_hash(SEED, text))[:rows], source
 

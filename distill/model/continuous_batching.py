@@ -5,11 +5,11 @@ sequences. The common beginning of all prompts is computed once.
 """
 
 import contextlib
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from transformers import PreTrainedModel
 
 from distill.model.active_adapter import ActiveAdapter, active_adapter, adapter_state
@@ -114,14 +114,8 @@ def prepare_decoder(model: PreTrainedModel, base: PreTrainedModel, shape: KeySha
     weights, kept = adapter_state(model), getattr(base, "slot_decoder", None)
     if kept is None or not kept.holds(plan, limit, weights):
         base.slot_decoder = kept = None
-        release_memory(shape.device)
+        clear_device_cache(garbage_collection=True)
         base.slot_decoder = Decoder(shape, plan, limit, weights, active_adapter(model))
-
-
-def release_memory(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 class Batch:

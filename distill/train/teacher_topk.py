@@ -10,11 +10,12 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+from accelerate.utils.memory import clear_device_cache
 from safetensors import SafetensorError, safe_open
 
 from common import completion_ids, load_model, prompt_ids
 from distill.files import UserError, atomic_write, sha256
-from distill.train.teachers import Teacher, release_memory, require_single_process, shared_vocabulary
+from distill.train.teachers import Teacher, require_single_process, shared_vocabulary
 
 SHARD = 64  # rows: what a kill may cost
 
@@ -91,7 +92,7 @@ class TopK:
             bar.update(sum(self.counts[i]))
         bar.close()
         del model
-        release_memory()
+        clear_device_cache(garbage_collection=True)
 
     def __getitem__(self, row: int):
         """(ids [T, k] long, logp [T, k + 1] float) of the row with number row["row"]."""

@@ -6,7 +6,6 @@ teacher: distill/train/teacher_topk.py.
 """
 
 import argparse
-import gc
 import json
 import os
 import sys
@@ -15,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from accelerate.utils.memory import clear_device_cache
 
 from common import Calibration, LabelScorer, Task, label_classes, load_model, prompt_ids
 from distill.files import UserError, positive, sha256
@@ -125,14 +125,6 @@ def require_single_process(teacher: Teacher) -> None:
         )
 
 
-def release_memory() -> None:
-    """Return the memory of a model that the caller has deleted to the device."""
-    import torch
-
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
 def teach(
     teacher: Teacher,
     rows: list[dict],
@@ -197,7 +189,7 @@ def scored(teacher: Teacher, rows: list[dict], task: Task) -> np.ndarray:
     raw = scorer.score([r["input"] for r in rows], progress=True)
     scores = Calibration.load(teacher.name, task)(raw, scorer.prior(task))
     del model, scorer
-    release_memory()
+    clear_device_cache(garbage_collection=True)
     return np.exp(scores - np.logaddexp.reduce(scores, axis=1, keepdims=True))
 
 
@@ -287,4 +279,4 @@ def generate(teacher: Teacher, prompts: list[str], max_tokens: int, keep: Callab
     generate_replies(model, tokenizer, ids, [max(1, most - len(row)) for row in ids], on_reply=take)
     bar.close()
     del model
-    release_memory()
+    clear_device_cache(garbage_collection=True)
