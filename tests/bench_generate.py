@@ -22,6 +22,8 @@ import torch
 from transformers import GenerationConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from random_model import with_adapters
+
 from common import load_model, prompt_ids
 from distill.files import ROOT, StrictModel, cli, positive, read_rows
 from distill.model.generate import end_tokens, generate
@@ -112,21 +114,6 @@ class LlamaCpp:
 
         with ThreadPoolExecutor(len(prompts)) as pool:
             return list(pool.map(one, prompts))
-
-
-def with_adapters(model, number):
-    """The model with `number` LoRA adapters of random weights, the first one active."""
-    from peft import LoraConfig, get_peft_model
-
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    config = LoraConfig(r=16, target_modules=targets, task_type="CAUSAL_LM")
-    model = get_peft_model(model, config)
-    for i in range(1, number):
-        model.add_adapter(f"other{i}", config)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, 0, 0.01)
-    return model.eval()
 
 
 def prompts_of(tokenizer, kind, n):

@@ -24,6 +24,21 @@ SHAPES = {  # hidden size, inner size, layers, heads, key-value heads; of the mo
 }
 
 
+def with_adapters(model, number):
+    """The model with `number` LoRA adapters of random weights, the first one active."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    config = LoraConfig(r=16, target_modules=targets, task_type="CAUSAL_LM")
+    model = get_peft_model(model, config)
+    for i in range(1, number):
+        model.add_adapter(f"other{i}", config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, 0, 0.01)
+    return model.eval()
+
+
 def main(args):
     hidden, inner, layers, heads, pairs = SHAPES[args.shape]
     config = Qwen2Config(

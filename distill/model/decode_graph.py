@@ -4,17 +4,16 @@ Launching the kernels of a step takes ten times as long as computing it, so a st
 columns that attention sees) and replayed. The graphs share one memory pool.
 """
 
-import sys
-
 import torch
 from transformers import PreTrainedModel
 
-from distill.files import one_line
+from distill.model.cuda_graph import Recording, Recordings
 from distill.model.sampling import sample
 from distill.model.slot_cache import SlotCache, decode_one
 
 BURST = 8  # steps between two looks at the tokens: what a sequence that has ended may cost
 SHORTEST = 256  # columns of the first step size
+MOST = 64  # graphs that are kept: more than a batch of 256 sequences meets on its way
 
 
 class DecodeStep:
@@ -27,19 +26,18 @@ class DecodeStep:
     def __init__(self, cache: SlotCache, limit: int, burst: int | None = None):
         device, slots = cache.shape.device, cache.slots
         self.cache, self.limit = cache, limit
-        self.graphed = device.type == "cuda"
-        self.burst = burst or (BURST if self.graphed else 1)
+        self.graphs, self.on_gpu = Recordings(device, "decoding", MOST), device.type == "cuda"
+        self.burst = burst or (BURST if self.on_gpu else 1)
         self.state = torch.zeros(3, slots, dtype=torch.long, device=device)  # last token, its position, tokens so far
         self.uniform = torch.zeros(slots, limit + self.burst, device=device)
         self.temperature = torch.ones((), device=device)
-        self.graphs, self.outputs, self.pool = {}, {}, None
 
     def load(self, tokens: list[int], positions: list[int], counts: list[int]) -> None:
         """Set the state of the first rows: last token, its position, and the number of tokens so far."""
         unused = self.cache.slots - len(tokens)  # rows without a sequence write where none reads
         state = [tokens + [0] * unused, positions + [self.cache.capacity - 1] * unused, counts + [0] * unused]
         state = torch.tensor(state)
-        self.state.copy_(state.pin_memory() if self.graphed else state, non_blocking=True)
+        self.state.copy_(state.pin_memory() if self.on_gpu else state, non_blocking=True)
 
     def tokens(self, model: PreTrainedModel, rows: int, last: int, steps: int, sampled: bool) -> list[list[int]]:
         """`steps` lists of the next token of each row. last: the highest position that is written."""
@@ -55,21 +53,9 @@ class DecodeStep:
 
     def run(self, model: PreTrainedModel, rows: int, length: int, kind: str) -> torch.Tensor | None:
         """step(), from a graph where there are graphs."""
-        if not self.graphed:
-            return self.step(model, rows, length, kind)
         key = (stepped(rows, 1, self.cache.slots, 4), stepped(length, SHORTEST, self.cache.capacity, 2), kind)
-        if key not in self.graphs:
-            try:
-                self.capture(model, key)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as e:
-                self.release()
-                self.graphed = False
-                print(f"decoding without CUDA graphs: {one_line(e)[:160]}", file=sys.stderr)
-                return self.step(model, rows, length, kind)
-        self.graphs[key].replay()
-        return self.outputs[key]
+        recording = self.graphs.get(key, lambda: self.capture(model, key))
+        return recording.replay() if recording else self.step(model, rows, length, kind)
 
     def step(self, model: PreTrainedModel, rows: int, length: int, kind: str) -> torch.Tensor | None:
         """One step of the first rows, on the device alone. kind: "logits" gives them; "greedy" and "sample" go on."""
@@ -85,7 +71,7 @@ class DecodeStep:
         positions.add_(1)
         counts.add_(1)
 
-    def capture(self, model: PreTrainedModel, key: tuple[int, int, str]) -> None:
+    def capture(self, model: PreTrainedModel, key: tuple[int, int, str]) -> Recording:
         """Record a step. The passes that warm up write where the next step writes again; the state is put back.
 
         Error: RuntimeError where a replay does not give what the step gives.
@@ -98,19 +84,13 @@ class DecodeStep:
                 expected = self.state[0].clone() if expected is None else expected.clone()
                 self.state.copy_(before)
         torch.cuda.current_stream().wait_stream(stream)
-        self.pool = self.pool or torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            output = self.step(model, *key)
-        graph.replay()
-        if not torch.equal(self.state[0] if output is None else output, expected):
-            raise RuntimeError(f"a captured step of {key[0]} rows gives other results than the step itself")
+        recording = self.graphs.record(lambda: self.step(model, *key))
+        output = recording.replay()
+        equal = torch.equal(self.state[0] if output is None else output, expected)
         self.state.copy_(before)
-        self.graphs[key], self.outputs[key] = graph, output
-
-    def release(self) -> None:
-        """Give back the memory of the graphs."""
-        self.graphs, self.outputs, self.pool = {}, {}, None
+        if not equal:
+            raise RuntimeError(f"a recorded step of {key[0]} rows gives other results than the step itself")
+        return recording
 
 
 def stepped(n: int, first: int, last: int, factor: int) -> int:

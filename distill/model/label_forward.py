@@ -4,14 +4,17 @@ Rows of one batch may use different adapters of a PEFT model. A model that canno
 per node of the label trie instead.
 """
 
+import functools
 import inspect
 import sys
+import time
 from collections.abc import Iterator, Sequence
 
 import torch
 from transformers import DynamicCache
 
 from distill.model.fp32_logits import fp32_logits
+from distill.model.label_graph import Inputs, LabelGraphs, stepped_shapes
 from distill.model.label_trie import LabelTrie
 from distill.model.stacked_lora import StackedAdapters, stackable
 from distill.model.token_tree import additive, attention_window, tree_batch, tree_mask_unsupported_reason
@@ -57,13 +60,21 @@ class LabelForward:
     """Label scores of prompts given as token ids.
 
     trie: LabelTrie of the labels. prefix: token ids with which the prompts begin; their keys and values are cached, one
-    cache per adapter, since LoRA changes both.
+    cache per adapter, since LoRA changes both. On a GPU small passes are replayed from CUDA graphs.
     """
 
     def __init__(self, model, trie: LabelTrie, pad: int, prefix: Sequence[int] = ()):
-        self.model, self.trie, self.pad, self.prefix = model, trie, pad, list(prefix)
+        self.model, self.trie, self.pad, self.prefix = model, trie.to(model.device), pad, list(prefix)
         self.trees, self.window = supports_tree_mask(model), attention_window(model.config.get_text_config())
-        self._caches, self._stack = {}, None
+        # a row of the caches for each adapter, the base and, last, whichever adapter is active
+        names = [*getattr(model, "peft_config", ()), "__base__", None]
+        self._numbers, self._caches, self._cached = {name: i for i, name in enumerate(names)}, None, set()
+        self.graphs = LabelGraphs(model)
+
+    @functools.cached_property
+    def stack(self) -> StackedAdapters | None:
+        """The adapters side by side; None for DoRA, embeddings and the like."""
+        return StackedAdapters(self.model) if stackable(self.model) else None
 
     @torch.inference_mode()
     def scores(self, rows: list[list[int]], adapters: list[str] | None = None) -> torch.Tensor:
@@ -71,29 +82,76 @@ class LabelForward:
 
         rows: B token id lists. adapters: B adapter names ("__base__" for none), or None for the active adapter.
         """
-        n, cache = len(self.prefix), None
-        trees = self.trees and max(map(len, rows)) + len(self.trie.nodes) <= self.window
-        if trees and n and all(row[:n] == self.prefix for row in rows):
-            cache = self._prefix_cache(adapters or [None] * len(rows))
+        n, width = len(self.prefix), max(map(len, rows)) + len(self.trie.nodes)
+        if not self.trees or width > self.window:
+            return self._label_scores(self.separate_logits(rows, adapters))
+        cached = n > 0 and all(row[:n] == self.prefix for row in rows)
+        if cached:
             rows = [row[n:] for row in rows]
-        if trees:
-            logits = self.logits(rows, cache, n if cache else 0, adapters)
-        else:
-            logits = self.separate_logits(rows, adapters)
-        # in parts: the log-softmax over a large vocabulary takes as much memory as all other activations
-        return torch.cat([self.trie.scores(part) for part in logits.split(32)])
+            self._cache_prefix(adapters or [None])
+        compute = functools.partial(self.tree_scores, adapters=adapters, cached=cached)
+        if adapters and not self.stack and self.graphs.enabled:
+            self.graphs.disable("its adapters are not plain LoRA")
+        if key := self.graphs.key(len(rows), width - n * cached, adapters is None, cached):
+            found = self.graphs.scores(key, self.inputs(rows, adapters, n * cached, key[1]), compute)
+            if found is not None:
+                return found
+        inputs = self.inputs(rows, adapters, n * cached)
+        return compute({name: t.to(self.model.device) for name, t in inputs.items()})
 
-    def logits(self, rows: list[list[int]], cache=None, prefix: int = 0, adapters: list[str] | None = None):
-        """Logits [B, 1 + M, V] where a label token is predicted, for B token id lists after `prefix` cached tokens."""
+    def record(self, shortest: int, longest: int, adapters: list[str] | None, seconds: float) -> int:
+        """Record passes of prompts between two lengths, in tokens, before they come -> how many.
+
+        adapters: names that the prompts will use, or None for the active one. Nothing more is begun after `seconds`.
+        """
+        n, before, patience, until = (
+            len(self.prefix),
+            len(self.graphs),
+            self.graphs.patience,
+            time.monotonic() + seconds,
+        )
+        if not (self.trees and self.graphs.enabled):
+            return 0
+        shortest, longest = (max(1, tokens - n) + len(self.trie.nodes) for tokens in (shortest, longest))
+        self.graphs.patience = 0
+        for rows, width in stepped_shapes(shortest, longest):
+            if time.monotonic() >= until:
+                break
+            prompt = self.prefix + [self.pad] * (min(width, longest) - len(self.trie.nodes))
+            self.scores([prompt] * rows, adapters and [adapters[i % len(adapters)] for i in range(rows)])
+        self.graphs.patience = patience
+        return len(self.graphs) - before
+
+    def inputs(self, rows: list[list[int]], adapters: list[str] | None, prefix: int, multiple: int = 1) -> Inputs:
+        """What tree_scores takes for B token id lists after `prefix` cached tokens, on the CPU.
+
+        The tensors of tree_batch, W a multiple of `multiple`; "logits_to_keep" [B, 1 + M], where a label token is
+        predicted; "adapters" [B], the adapters' numbers, or [1] where the rows share one.
+        """
         trees = [[(row, -1), *self.trie.after(0, 1)] for row in rows]
-        batch, starts = tree_batch(trees, self.pad, prefix)
+        batch, starts = tree_batch(trees, self.pad, prefix, multiple)
         # prompt end and nodes stand side by side, so the columns are a range
         keep = torch.tensor([s[0] + len(row) - 1 for s, row in zip(starts, rows, strict=True)])
-        batch["logits_to_keep"] = keep[:, None] + torch.arange(1 + len(self.trie.nodes))
-        batch = {k: v.to(self.model.device) for k, v in batch.items()}
-        batch["attention_mask"] = additive(batch["attention_mask"], self.model.dtype)
+        names = adapters or [None]
+        own = [self._numbers[name] for name in (names if len(set(names)) > 1 else names[:1])]
+        return batch | {
+            "logits_to_keep": keep[:, None] + torch.arange(1 + len(self.trie.nodes)),
+            "adapters": torch.tensor(own),
+        }
+
+    def tree_scores(self, inputs: Inputs, adapters: list[str] | None, cached: bool) -> torch.Tensor:
+        """Scores [B, L] from inputs() on the model's device; nothing here may wait for the device."""
+        batch = dict(inputs)
+        numbers, see = batch.pop("adapters"), batch.pop("attention_mask")
+        batch["attention_mask"] = additive(see, self.model.dtype)
+        cache = self._prefix_cache(numbers, len(see)) if cached else None
         with fp32_logits(self.model):
-            return self._forward(adapters, **batch, past_key_values=cache, use_cache=cache is not None).logits
+            out = self._forward(adapters, numbers, **batch, past_key_values=cache, use_cache=cached)
+        return self._label_scores(out.logits)
+
+    def _label_scores(self, logits: torch.Tensor) -> torch.Tensor:
+        # in parts: the log-softmax over a large vocabulary takes as much memory as all other activations
+        return torch.cat([self.trie.scores(part) for part in logits.split(32)])
 
     def separate_logits(self, rows: list[list[int]], adapters: list[str] | None = None) -> torch.Tensor:
         """Like `logits`, for a model without tree masks: each prompt is repeated before each node of the trie.
@@ -115,35 +173,37 @@ class LabelForward:
         if "logits_to_keep" in inspect.signature(base.forward).parameters:
             batch["logits_to_keep"] = last
         with fp32_logits(self.model):
-            logits = self._forward(names, **batch, use_cache=False).logits
+            logits = self._forward(names, None, **batch, use_cache=False).logits
         if "logits_to_keep" not in batch:
             logits = logits.take_along_dim(last[..., None], 1)
         return logits.view(len(rows), len(paths), -1)
 
-    def _forward(self, adapters: list[str] | None, **batch):
-        """The model's output, row i with adapters[i]; without names, with the active adapter."""
+    def _forward(self, adapters: list[str] | None, numbers: torch.Tensor | None, **batch):
+        """The model's output, row i with adapters[i] or their numbers; without names, with the active adapter."""
         if not adapters:
             return self.model(**batch)
-        if self._stack is None:
-            self._stack = StackedAdapters(self.model) if stackable(self.model) else False
-        if not self._stack:  # DoRA, embeddings and the like: PEFT's own mixed batches, slower
+        if not self.stack:  # PEFT's own mixed batches, slower
             return self.model(**batch, adapter_names=adapters)
-        with self._stack.rows(adapters):
+        with self.stack.rows(adapters if numbers is None else numbers):
             return self.model.get_base_model()(**batch)
 
-    def _prefix_cache(self, adapters: list[str | None]) -> DynamicCache:
-        """Keys and values of the prefix for each row, computed once per adapter."""
-        for name in set(adapters) - set(self._caches):
+    def _cache_prefix(self, adapters: list[str | None]) -> None:
+        """Compute the keys and values of the prefix for adapters that have none yet."""
+        for name in set(adapters) - self._cached:
             ids = torch.tensor([self.prefix], device=self.model.device)
             names = [name] if name else None
-            cache = self._forward(names, input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+            cache = self._forward(names, None, input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
             parts = [part for layer in cache.layers for part in (layer.keys, layer.values)]
             self._places = [(part.shape[1:], part.device) for part in parts]  # a large model lies on several devices
-            self._caches[name] = torch.cat([part.flatten().to(self.model.device) for part in parts])
-        own = list(dict.fromkeys(adapters))
-        caches = torch.stack([self._caches[a] for a in own])
-        if len(own) > 1:  # one kernel for all layers; rows of one adapter need none
-            caches = caches[torch.tensor([own.index(a) for a in adapters], device=caches.device)]
-        parts = caches.expand(len(adapters), -1).split([shape.numel() for shape, _ in self._places], 1)
+            flat = torch.cat([part.flatten().to(self.model.device) for part in parts])
+            if self._caches is None:
+                self._caches = flat.new_zeros(len(self._numbers), len(flat))
+            self._caches[self._numbers[name]] = flat
+            self._cached.add(name)
+
+    def _prefix_cache(self, numbers: torch.Tensor, rows: int) -> DynamicCache:
+        """Keys and values of the prefix for each row, by the adapters' numbers."""
+        caches = self._caches[numbers].expand(rows, -1)  # one kernel for all layers
+        parts = caches.split([shape.numel() for shape, _ in self._places], 1)
         parts = [part.unflatten(1, shape).to(on) for part, (shape, on) in zip(parts, self._places, strict=True)]
         return DynamicCache(list(zip(parts[::2], parts[1::2], strict=True)))

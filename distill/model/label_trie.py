@@ -26,6 +26,11 @@ class LabelTrie:
                 self.column[row, i], self.token[row, i] = number[tuple(ids[:i])], token
                 self.weight[row, i] = 1 / len(ids)
 
+    def to(self, device: torch.device) -> "LabelTrie":
+        """Move the tables to a device, in place."""
+        self.column, self.token, self.weight = (t.to(device) for t in (self.column, self.token, self.weight))
+        return self
+
     def after(self, segment: int, at: int) -> list[tuple[list[int], int]]:
         """The nodes as segments number `at`, `at + 1`, ... of a tree in which the prompt ends with `segment`."""
         return [(ids, segment if parent < 0 else at + parent) for ids, parent in self.nodes]

@@ -27,9 +27,15 @@ class StackedAdapters:
 
     @contextlib.contextmanager
     def rows(self, adapters):
-        """Forward passes inside compute row i with adapters[i], a name or "__base__"."""
-        index = {name: i for i, name in enumerate(self.names)} | {"__base__": len(self.names)}
-        others = self.others[[index[name] for name in adapters]][:, None]
+        """Forward passes inside compute row i with adapters[i].
+
+        adapters: N names, "__base__" for none; or their numbers as a tensor [N] on the model's device, which are places
+        in `names`, and len(names) for none. A single number is that of all rows.
+        """
+        if not torch.is_tensor(adapters):
+            index = {name: i for i, name in enumerate([*self.names, "__base__"])}
+            adapters = torch.tensor([index[name] for name in adapters], device=self.others.device)
+        others = self.others[adapters][:, None]
         for layer, a, b in self.layers:
             layer.forward = functools.partial(project, layer.get_base_layer(), a, b, others)
         try:

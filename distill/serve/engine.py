@@ -101,7 +101,7 @@ class Engine:
                 message, self._reload, error = self._reload, None, None
                 try:
                     self.models.load_adapter(message["reload"])
-                    self.models.warm()
+                    self.models.warm(record=False)  # requests are waiting
                 except UserError as e:
                     error = str(e)
                 self.send_state("ready")

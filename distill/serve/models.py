@@ -14,6 +14,7 @@ from distill.model.hub import adapter_base, base_mismatches, check_plain
 from distill.model.label_forward import MAX_ROWS
 from distill.serve.settings import MODELS, Settings
 
+RECORDING = 30  # seconds that recording CUDA graphs may take before the server is ready
 ROW_TOKENS = 1024  # most tokens of a row where no adapter's run.json says how long its training rows were
 
 
@@ -111,9 +112,10 @@ class LabelModels:
                 found[i] = answer
         return found
 
-    def warm(self) -> tuple[float, int]:
+    def warm(self, record: bool = True) -> tuple[float, int]:
         """Compute every model's prefix cache; on a GPU also batches of all sizes, which load kernels of their own.
 
+        record: record the CUDA graphs of the expected passes, too; else each when its shape has come a few times.
         The first request then costs what the hundredth does. -> (seconds, tokens) of the last pass.
         """
         measured = 0.0, 0
@@ -132,7 +134,20 @@ class LabelModels:
             except Exception as e:  # out of memory, for one; smaller batches are served all the same
                 self.log("not warmed up", rows=n, detail=one_line(e))
                 break
+        if record and self.scorer.forward.graphs.enabled:
+            self._record(max(len(row) for row in rows), names)
         return measured
+
+    def _record(self, tokens: int, names: list[str]) -> None:
+        """Record passes of the rows that training suggests, or of rows of `tokens` tokens; and of half their length."""
+        from peft import PeftModel
+
+        started, longest = time.monotonic(), max(one.training_tokens or 0 for one in self.served.values()) or tokens
+        longest = min(longest, self.max_row_tokens)
+        shortest = (longest + self.prefix) // 2  # a pass has rows of up to twice its shortest
+        adapters = names if isinstance(self.model, PeftModel) else None
+        passes = self.scorer.forward.record(shortest, longest, adapters, RECORDING)
+        self.log("CUDA graphs recorded", passes=passes, seconds=round(time.monotonic() - started, 1))
 
     def _add(self, name: str, folder: Path, adapter: str) -> ServedModel:
         """Check the folder, load it as `adapter` and compute its prior."""
