@@ -49,9 +49,9 @@ def cli(main: Callable, parser: ArgumentParser):
         if any("\ud800" <= c <= "\udfff" for c in argument):  # how Python passes on bytes that are not UTF-8
             parser.error(f"argument {argument!r}: expected UTF-8")
     args = parser.parse_args()
-    if int(os.environ.get("RANK", 0)):
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
+        if launched_rank():
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         return main(args)
     except UserError as e:
         message = str(e)
@@ -69,6 +69,21 @@ def cli(main: Callable, parser: ArgumentParser):
             bar.close()
     print(f"error: {printable(message)}", file=sys.stderr)
     sys.exit(2)
+
+
+def launched_rank() -> int:
+    """This process's number, RANK, among those that a launcher started; 0 without a launcher.
+
+    Errors: UserError for a number without the launcher's other variables: all but process 0 leave the work to it.
+    """
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    known = rank.isdecimal() and world.isdecimal() and int(rank) < int(world)
+    if not known or (int(rank) and not os.environ.get("MASTER_ADDR")):
+        raise UserError(
+            f"RANK={rank}: no launcher has set WORLD_SIZE and MASTER_ADDR to match; expected `accelerate launch`, or "
+            "RANK unset"
+        )
+    return int(rank)
 
 
 def number(kind: type, allowed: Callable, name: str) -> Callable:

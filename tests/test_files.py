@@ -1,10 +1,12 @@
-"""Files: the resumable JSONL."""
+"""Files: the resumable JSONL; and a process's rank."""
 
+import argparse
 import json
+import sys
 
 import pytest
 
-from distill.files import ResumableJsonl, UserError
+from distill.files import ResumableJsonl, UserError, cli, launched_rank
 
 
 def lines(path):
@@ -59,3 +61,30 @@ def test_a_damaged_line_is_named(tmp_path, line, message):
     path.write_text(f'{{"a": 1}}\n{line}\n{{"a": 3}}\n')
     with pytest.raises(UserError, match=message):
         ResumableJsonl(path)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"RANK": "1"},
+        {"RANK": "1", "WORLD_SIZE": "2"},
+        {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "x"},
+        {"RANK": "x"},
+    ],
+)
+def test_a_rank_without_a_launcher_is_an_error(monkeypatch, capsys, variables):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    assert launched_rank() == 0
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["eval_creditmix.py"])
+    with pytest.raises(SystemExit) as e:
+        cli(lambda args: pytest.fail("it ran"), argparse.ArgumentParser())
+    assert e.value.code == 2 and f"error: RANK={variables['RANK']}: no launcher" in capsys.readouterr().err
+
+
+def test_a_launched_process_has_its_rank(monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    assert launched_rank() == 1
