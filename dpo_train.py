@@ -17,7 +17,7 @@ from distill.evaluate import trained_rows
 from distill.files import UserError, between, cli, positive, read_json
 from distill.model.hub import adapter_base, base_config
 from distill.tasks.augment import swap_label_rows
-from distill.train.arguments import add_arguments, add_swap_argument, passes_over, training_arguments
+from distill.train.arguments import add_arguments, add_swap_argument, choose_settings, passes_over, training_arguments
 from distill.train.data import DPORow, dataset, describe, encode, find_task_file, read_training_rows, split_rows
 from distill.train.memory import plan_micro_batch
 from distill.train.run import run_training
@@ -35,6 +35,11 @@ def main(args):
             raise UserError(f"{args.init_adapter}: trained on {trained_on}; expected {args.student}")
         # the adapter keeps its rank
         args.lora_r = read_json(args.init_adapter / "adapter_config.json").get("r", args.lora_r)
+    base = base_config(args.student)
+    _, config, tokenizer = base
+    args.lr, args.batch_size, args.epochs, args.max_steps = choose_settings(
+        "dpo", config, rows, args.lr, args.batch_size, args.epochs, args.max_steps
+    )
     max_train = args.max_steps and args.max_steps * args.batch_size
     train, dev = split_rows(args.data, rows, args.seed, max_dev=args.dev_rows, max_train=max_train)
     passes = 1  # of the original rows in `train`
@@ -50,12 +55,11 @@ def main(args):
         data=args.data,
         settings=vars(args),
         resume=args.resume_from_checkpoint,
+        overwrite=args.overwrite,
         inputs={"task": task_path, "init_adapter": args.init_adapter},
     )
 
     # Token ids, by the prompt builder that inference uses: prompt_ids, chosen_ids and rejected_ids.
-    base = base_config(args.student)
-    _, config, tokenizer = base
     train, dropped = encode(tokenizer, train, args.max_len, "prompt", "chosen", "rejected")
     dev, dropped_dev = encode(tokenizer, dev, args.max_len, "prompt", "chosen", "rejected")
     record = describe(tokenizer, train, dropped, dropped_dev)
@@ -207,7 +211,7 @@ def chosen_watch():
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, data="data/creditmix_dpo.jsonl", save_dir="runs/creditmix_dpo", lr=1e-4)
+    add_arguments(parser, "dpo")
     add_swap_argument(parser)
     parser.add_argument("--beta", type=positive(float), default=0.3, help="how close to the reference (default: 0.3)")
     parser.add_argument(

@@ -17,7 +17,7 @@ from pathlib import Path
 from common import Task, label_classes, label_trie
 from distill.files import UserError, between, cli, positive
 from distill.model.hub import base_config
-from distill.train.arguments import add_arguments, training_arguments
+from distill.train.arguments import add_arguments, choose_settings, training_arguments
 from distill.train.data import KDRow, dataset, describe, encode, find_task_file, read_training_rows, split_rows
 from distill.train.memory import plan_micro_batch
 from distill.train.run import run_training
@@ -50,6 +50,9 @@ def main(args):
         raise UserError("--batch_out, --batch_in: expected --teacher http://host/v1, whose requests they hold")
     base = base_config(args.student)
     _, config, tokenizer = base
+    args.lr, args.batch_size, args.epochs, args.max_steps = choose_settings(
+        "kd", config, rows, args.lr, args.batch_size, args.epochs, args.max_steps
+    )
     limits = {"data": args.data, "max_len": args.max_len}
     if args.batch_out:
         return write_requests(teacher, rows, task, tokenizer, **limits, path=args.batch_out)
@@ -60,6 +63,7 @@ def main(args):
         data=args.data,
         settings=vars(args),
         resume=args.resume_from_checkpoint,
+        overwrite=args.overwrite,
         inputs={"task": task_path, "teacher": args.teacher},
     )
     taught = {"rows_untaught": {}}
@@ -308,7 +312,7 @@ def token_trainer_class(top_k: TopK, temperature: float, alpha: float):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, data="data/creditmix_kd.jsonl", save_dir="runs/creditmix_kd", lr=2e-4)
+    add_arguments(parser, "kd")
     add_teacher_arguments(parser)
     parser.add_argument(
         "--top_k", type=positive(int), default=32, help="teacher's tokens kept for free text (default: 32)"

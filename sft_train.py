@@ -9,7 +9,7 @@ import argparse
 from distill.files import cli
 from distill.model.hub import base_config
 from distill.tasks.augment import swap_label_rows
-from distill.train.arguments import add_arguments, add_swap_argument, passes_over, training_arguments
+from distill.train.arguments import add_arguments, add_swap_argument, choose_settings, passes_over, training_arguments
 from distill.train.data import SFTRow, dataset, describe, encode, find_task_file, read_training_rows, split_rows
 from distill.train.memory import plan_micro_batch
 from distill.train.run import run_training
@@ -21,6 +21,11 @@ def main(args):
     # The rows, and the development rows that choose the checkpoint and fit the calibration.
     task_path = find_task_file(args.data, args.task)
     rows, task = read_training_rows(args.data, SFTRow, "output", task_path)
+    base = base_config(args.student)
+    _, config, tokenizer = base
+    args.lr, args.batch_size, args.epochs, args.max_steps = choose_settings(
+        "sft", config, rows, args.lr, args.batch_size, args.epochs, args.max_steps
+    )
     max_train = args.max_steps and args.max_steps * args.batch_size
     train, dev = split_rows(args.data, rows, args.seed, max_dev=args.dev_rows, max_train=max_train)
     passes = 1  # of the original rows in `train`
@@ -36,12 +41,11 @@ def main(args):
         data=args.data,
         settings=vars(args),
         resume=args.resume_from_checkpoint,
+        overwrite=args.overwrite,
         inputs={"task": task_path},
     )
 
     # Token ids, from the same prompt builder as in inference.
-    base = base_config(args.student)
-    _, config, tokenizer = base
     train, dropped = encode(tokenizer, train, args.max_len, "input", "output")
     dev, dropped_dev = encode(tokenizer, dev, args.max_len, "input", "output")
     record = describe(tokenizer, train, dropped, dropped_dev)
@@ -101,6 +105,6 @@ def main(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, data="data/creditmix_sft.jsonl", save_dir="runs/creditmix_sft", lr=2e-4)
+    add_arguments(parser, "sft")
     add_swap_argument(parser)
     cli(main, parser)

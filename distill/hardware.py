@@ -88,13 +88,20 @@ def weight_bytes(config, precision: str) -> int:
     return int(total)
 
 
+def is_large(config) -> bool:
+    """Whether a model has above about 1e9 weights, by width times depth.
+
+    Embeddings and lm_head stay in 16 bits, so that below it 4 bits save little and cost accuracy.
+    """
+    text = config.get_text_config()
+    return text.hidden_size * text.num_hidden_layers >= 40_000
+
+
 def choose_precision(config, precision: str = "auto") -> tuple[str, str]:
     """(precision, why): "nf4" where 16 bits would not leave room on a small card, "bf16" on a GPU, "fp32" on a CPU."""
     if precision != "auto":
         return precision, "as asked"
-    # embeddings and lm_head stay in 16 bits: below about 1e9 weights 4 bits save little and cost accuracy
-    text = config.get_text_config()
-    large = text.hidden_size * text.num_hidden_layers >= 40_000
+    large = is_large(config)
     if str(device()).startswith("cuda"):
         return ("nf4", "a large model on a GPU") if large else ("bf16", "a small model on a GPU")
     return ("nf4", "a large model on a CPU") if large else ("fp32", "CPU: bf16 is emulated on many")

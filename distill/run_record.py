@@ -1,5 +1,6 @@
 """What it takes to repeat a run: command, resolved arguments, versions, commit, machine, time."""
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def run_record(args):
     git = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
     cuda, flags = torch.cuda.is_available(), args if isinstance(args, dict) else vars(args)
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "args": {k: str(v) if isinstance(v, Path) else v for k, v in flags.items()},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": git.stdout.strip() or None,

@@ -55,6 +55,8 @@ def look_up(name: str | Path) -> None:
     """
     path = Path(name)
     if path.exists():
+        if unfinished := unfinished_run(path):
+            raise UserError(f"{name}: {unfinished}")
         return
     if path.is_absolute() or len(path.parts) > 2 or str(name).startswith((".", "~", "runs/")):
         raise UserError(f"{name}: no such folder; expected a trained adapter, a model folder or a hub id")
@@ -65,6 +67,22 @@ def look_up(name: str | Path) -> None:
         socket.getaddrinfo(host, 443)
     except OSError:
         constants.HF_HUB_OFFLINE = True
+
+
+def unfinished_run(folder: str | Path) -> str | None:
+    """What a trainer left in a folder without coming to its end, and the command that goes on; None for another folder.
+
+    A checkpoint in it is a folder that loads like a trained adapter, without calibration.
+    """
+    path = Path(folder) / "run.json"
+    run = read_json(path) if path.is_file() and not (Path(folder) / "config.json").exists() else {}
+    if not isinstance(run, dict) or run.get("status") != "started":
+        return None
+    steps = [p.name.split("-")[1] for p in Path(folder).glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+    if not steps:
+        return f"an unfinished run without a checkpoint; it begins again with: {run.get('command')}"
+    names = ", ".join(f"{folder}/checkpoint-{step}" for step in sorted(steps, key=int))
+    return f"an unfinished run; it goes on with: {run.get('command')} --resume_from_checkpoint last (so far: {names})"
 
 
 def embedded_student() -> Path:

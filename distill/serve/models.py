@@ -10,7 +10,7 @@ import numpy as np
 
 from common import Calibration, LabelScorer, Task, add_adapter, answers, load_model, prompt_ids
 from distill.files import ROOT, UserError, one_line, read_json
-from distill.model.hub import adapter_base, base_mismatches, check_plain
+from distill.model.hub import adapter_base, base_mismatches, check_plain, unfinished_run
 from distill.model.label_forward import MAX_ROWS
 from distill.serve.settings import MODELS, Settings
 
@@ -153,6 +153,8 @@ class LabelModels:
         """Check the folder, load it as `adapter` and compute its prior."""
         base, task, shown = self.settings.base, self.settings.task, relative(folder)
         if not (folder / "adapter_config.json").is_file():
+            if unfinished := unfinished_run(folder):
+                raise UserError(f"{shown}: {unfinished}")
             raise UserError(
                 f"not trained, since {shown} has no adapter; train it: python {name}_train.py --student {base} "
                 f"--data data/{task.name}_{name}.jsonl --save_dir {shown}"

@@ -4,30 +4,49 @@ import argparse
 import math
 import os
 import platform
+import statistics
 from pathlib import Path
 
 from common import SEED
 from distill.files import between, positive
+from distill.hardware import is_large
 from distill.model.hub import DEFAULT_STUDENT
 
+# Learning rates of a (small, large) student, as is_large says. Small: measured (runs/README.md, "Default settings").
+# Large: not measured here, the rate of QLoRA for 7B and 13B (arXiv 2305.14314) and of Unsloth's and Hugging Face's
+# recipes. DPO: not measured on its own; between its rate in runs/creditmix.sh (2e-4) and the usual ones.
+LEARNING_RATES = {"sft": (1e-3, 2e-4), "kd": (1e-3, 2e-4), "dpo": (1e-4, 1e-4)}
+EPOCHS = 3
+EVALUATIONS = {"cuda": 8, "cpu": 4}  # of the development rows in a run, the last one after its last step
+GPU_ROWS = 16
+# On a CPU a step of the smallest student takes some seconds for 8 rows of 100 tokens, and a minute for 8 documents
+CPU_ROWS, CPU_CHARACTERS = 8, 8000  # of a step: at most so many rows, and about 2,000 tokens
+CPU_STEPS = 200  # at most, where neither --epochs nor --max_steps is given
 
-def add_arguments(parser: argparse.ArgumentParser, *, data: str, save_dir: str, lr: float) -> None:
-    """Add the flags that all trainers have, with a route's own defaults for data, folder and learning rate."""
-    add = parser.add_argument
+
+def add_arguments(parser: argparse.ArgumentParser, route: str) -> None:
+    """Add the flags that all trainers have. route: sft, kd or dpo, for its own data, folder and learning rate."""
+    add, (small, large) = parser.add_argument, LEARNING_RATES[route]
+    data, save_dir = Path(f"data/creditmix_{route}.jsonl"), Path(f"runs/creditmix_{route}")
+    rates = f"{small:g} for a student below about 1e9 weights, {large:g} above" if small != large else f"{small:g}"
     add("--student", default=DEFAULT_STUDENT, help="hub id, folder or smollm2-135m (default: %(default)s)")
-    add("--data", type=Path, default=Path(data), help="training rows (default: %(default)s)")
-    add("--save_dir", type=Path, default=Path(save_dir), help="adapter folder (default: %(default)s)")
+    add("--data", type=Path, default=data, help="training rows (default: %(default)s)")
+    add("--save_dir", type=Path, default=save_dir, help="adapter folder (default: %(default)s)")
     add("--task", type=Path, help="label task; default: NAME_task.json beside NAME_sft.jsonl, if there")
-    add("--epochs", type=positive(float), default=3, help="passes over the rows (default: %(default)s)")
+    add(
+        "--epochs",
+        type=positive(float),
+        help=f"passes over the rows; default: {EPOCHS}, on a CPU {CPU_STEPS} steps at most",
+    )
     add("--max_steps", type=positive(int), help="stop after this many steps, whatever --epochs says")
-    add("--lr", type=positive(float), default=lr, help="peak learning rate (default: %(default)s)")
-    add("--batch_size", type=positive(int), default=16, help="rows per step, over all GPUs (default: 16)")
+    add("--lr", type=positive(float), help=f"peak learning rate; default: {rates}")
+    add("--batch_size", type=positive(int), help="rows per step, over all GPUs; default: 16, on a CPU 8 or fewer")
     add("--micro_batch", type=positive(int), help="rows at once; default: the batch on a GPU, 8 on a CPU")
     add("--max_vram_gb", type=positive(float), help="GiB that torch may reserve; default: the GPU's memory")
     add("--lora_r", type=positive(int), default=16, help="rank of a fresh adapter, alpha is twice that (default: 16)")
     add("--max_len", type=positive(int), default=1024, help="longer rows are dropped (default: 1024)")
     add("--dev_rows", type=positive(int), help="development rows; default: 1000 on a GPU, 100 on a CPU")
-    add("--eval_steps", type=positive(int), help="steps between evaluations; default: 8 evaluations per run")
+    add("--eval_steps", type=positive(int), help="steps between evaluations; default: 8 evaluations, 4 on a CPU")
     add("--precision", choices=["auto", "nf4", "bf16", "fp32"], default="auto", help="of the base model")
     add(
         "--seed",
@@ -36,6 +55,37 @@ def add_arguments(parser: argparse.ArgumentParser, *, data: str, save_dir: str, 
         help="of split, order and adapter (default: %(default)s)",
     )
     add("--resume_from_checkpoint", metavar="PATH|last", help="continue from a checkpoint of this run")
+    add("--overwrite", action="store_true", help="replace the run in --save_dir, finished or not")
+
+
+def choose_settings(
+    route: str,
+    config,
+    rows: list[dict],
+    lr: float | None = None,
+    batch_size: int | None = None,
+    epochs: float | None = None,
+    max_steps: int | None = None,
+) -> tuple[float, int, float, int | None]:
+    """(learning rate, rows per step, epochs, most steps) of a run: as given, with defaults where None is given.
+
+    config: of the student, whose size decides the learning rate. rows: of the training file; long ones make a step on a
+    CPU take fewer of them.
+    """
+    import torch
+
+    cuda = torch.cuda.is_available()
+    lr = lr or LEARNING_RATES[route][is_large(config)]
+    if not batch_size and cuda:
+        batch_size = GPU_ROWS
+    elif not batch_size:
+        characters = statistics.median(sum(len(v) for v in row.values() if isinstance(v, str)) for row in rows)
+        batch_size = max(1, min(CPU_ROWS, int(CPU_CHARACTERS / characters)))
+    steps = EPOCHS * len(rows) // batch_size
+    if not (cuda or epochs or max_steps) and steps > CPU_STEPS:
+        max_steps = CPU_STEPS
+        print(f"{CPU_STEPS} steps of {batch_size} rows, the default on a CPU; --epochs {EPOCHS} would be {steps} steps")
+    return lr, batch_size, epochs or EPOCHS, max_steps
 
 
 def add_swap_argument(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +133,7 @@ def training_arguments(
     world = int(os.environ.get("WORLD_SIZE", 1))
     accumulate = batch_size // world // micro_batch
     steps = max_steps or max(1, int(epochs * rows / batch_size))
-    every = eval_steps or max(2, steps // 8)  # the first step has learning rate 0
+    every = eval_steps or max(2, steps // EVALUATIONS["cuda" if cuda else "cpu"])  # the first step has learning rate 0
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(save_dir / "tensorboard")
     print(f"{steps} steps of {micro_batch} x {accumulate} accumulated x {world} processes; evaluation every {every}")
     return {

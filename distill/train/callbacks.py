@@ -1,7 +1,9 @@
 """What a run shows while it trains, and how it stops."""
 
+import contextlib
 import signal
 import sys
+from pathlib import Path
 
 import torch
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
@@ -28,28 +30,100 @@ class ProgressLines(ProgressCallback):
             self.training_bar.write(log_line(state.global_step, logs))
 
 
+class EvaluateFirst(TrainerCallback):
+    """A run resumed from a checkpoint whose development evaluation was interrupted begins with that evaluation."""
+
+    def __init__(self, trainer, checkpoint: Path | None):
+        self.trainer, self.checkpoint = trainer, checkpoint
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        step, last = state.global_step, state.global_step >= state.max_steps
+        if not self.checkpoint or args.eval_strategy == "no" or (step % state.eval_steps and not last):
+            return
+        if any(h["step"] == step and args.metric_for_best_model in h for h in state.log_history):
+            return
+        metrics = self.trainer.evaluate()
+        if self.trainer._determine_best_metric(metrics, None):
+            state.best_model_checkpoint = str(self.checkpoint)
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop, between two forward passes."""
+
+
 class StopOnSignal(TrainerCallback):
-    """On Ctrl-C or SIGTERM: save a checkpoint after the current step and stop, all processes after the same step."""
+    """On Ctrl-C or SIGTERM: stop before the next forward pass, of a step or of an evaluation, so that a run can save.
+
+    Several processes stop after the same step, because they must stay in step with each other.
+    """
 
     def __init__(self, trainer):
         self.trainer, self.received = trainer, 0  # the signal's number
+        self.after_step = None  # random numbers and summed loss after the last whole step
 
-    def listen(self):
+    @contextlib.contextmanager
+    def listening(self):
+        """Within it the signals raise Stopped from the model's next forward pass; a second Ctrl-C stops at once."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.receive)
+        hook = self.trainer.model.get_input_embeddings().register_forward_pre_hook(self.before_forward)
+        try:
+            yield
+        finally:
+            hook.remove()
+            restore_signals()
 
     def receive(self, number, frame):
-        print("\ninterrupted: saving after this step", file=sys.stderr)
+        print("\ninterrupted: saving", file=sys.stderr)
         self.received = number
         if self.trainer.args.world_size == 1:  # a launcher repeats a signal that its processes already have
-            restore_signals()  # a second Ctrl-C stops at once
+            restore_signals()
+
+    def before_forward(self, *_):
+        if self.received and self.trainer.args.world_size == 1:
+            raise Stopped
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.trainer.args.world_size > 1:
-            own = torch.tensor([self.received], device=self.trainer.args.device)
+        if args.world_size > 1:
+            own = torch.tensor([self.received], device=args.device)
             self.received = int(self.trainer.accelerator.gather(own).max())
-        if self.received:
-            control.should_save = control.should_training_stop = True
+            if self.received:  # the evaluation that is due follows when the run is resumed
+                control.should_save, control.should_evaluate, control.should_training_stop = True, False, True
+        # each checkpoint has the loss of all steps before it in its history
+        control.should_log |= control.should_save
+        self.after_step = random_state(), self.trainer._tr_loss.clone()
+
+    def save(self):
+        """Save a checkpoint of the last whole step, as if the run had never begun the next one or its evaluation."""
+        state, args = self.trainer.state, self.trainer.args
+        if self.after_step is None or (Path(args.output_dir) / f"checkpoint-{state.global_step}").is_dir():
+            return
+        random, loss = self.after_step
+        set_random_state(*random)
+        control = self.trainer.control
+        control.should_log, control.should_evaluate, control.should_save = True, False, True
+        self.trainer._maybe_log_save_evaluate(loss, None, self.trainer.model, None, state.epoch, None, None)
+
+
+def random_state() -> tuple:
+    """What dropout draws next from, on the CPU and on this process's GPU."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+
+
+def set_random_state(cpu: torch.Tensor, cuda: torch.Tensor | None) -> None:
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state(cuda)
+
+
+@contextlib.contextmanager
+def random_state_kept():
+    """What is drawn within it leaves the random numbers after it as they were."""
+    before = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(*before)
 
 
 def restore_signals():

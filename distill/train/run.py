@@ -3,8 +3,9 @@
 import sys
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
-from distill.train.run_folder import Run, finish_run
+from distill.train.run_folder import Run, checkpoints_in, finish_run
 
 
 def run_training(trainer, run: Run, record: dict, earlier_hashes: Iterable[str] = ()) -> dict:
@@ -17,29 +18,35 @@ def run_training(trainer, run: Run, record: dict, earlier_hashes: Iterable[str] 
     from peft.helpers import disable_input_dtype_casting
     from transformers.trainer_callback import ProgressCallback
 
-    from distill.train.callbacks import ProgressLines, StopOnSignal, restore_signals
+    from distill.train.callbacks import EvaluateFirst, ProgressLines, StopOnSignal, Stopped
+    from distill.train.duration import SayDuration
     from distill.train.out_of_memory import fit_micro_batch
 
     cuda = torch.cuda.is_available()
     if cuda and trainer.args.world_size == 1:  # processes that try by themselves would wait for each other
         fit_micro_batch(trainer)
     stop = StopOnSignal(trainer)
-    trainer.add_callback(stop)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(ProgressLines)
-    stop.listen()
-    start = time.time()
-    # under autocast PEFT's own cast of every input to fp32 is undone at once: kernels and memory for nothing
-    with disable_input_dtype_casting(trainer.model, active=trainer.args.bf16):
-        result = trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
-    seconds = time.time() - start
+    for callback in (ProgressLines, SayDuration(trainer), stop, EvaluateFirst(trainer, run.checkpoint)):
+        trainer.add_callback(callback)
+    start, scores = time.time(), None
+    with stop.listening():
+        try:
+            # under autocast PEFT's own cast of every input to fp32 is undone at once: kernels and memory for nothing
+            with disable_input_dtype_casting(trainer.model, active=trainer.args.bf16):
+                result = trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
+            seconds = time.time() - start
+            if not trainer.state.best_model_checkpoint:  # with one, its adapter is loaded by now, and that is the EMA
+                trainer.swap_ema()
+            if trainer.task and trainer.dev_rows and not stop.received:
+                scores = trainer.score_dev_rows()
+        except Stopped:
+            stop.save()
+            if trainer.is_in_train:  # close the progress bar and TensorBoard's file
+                trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
     if stop.received:
-        step = trainer.state.global_step
-        print(f"stopped at step {step}; the same command with --resume_from_checkpoint last continues")
+        print(interrupted_line(run.folder, trainer.state.global_step))
         sys.exit(128 + stop.received)  # as a shell reports a signal
-    restore_signals()
-    if not trainer.state.best_model_checkpoint:  # with one, its adapter is loaded by now, and that is the EMA
-        trainer.swap_ema()
     reserved = torch.cuda.max_memory_reserved() / 2**30 if cuda else None  # without the CUDA context
     allocated = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
     base = trainer.model.get_base_model()
@@ -52,7 +59,7 @@ def run_training(trainer, run: Run, record: dict, earlier_hashes: Iterable[str] 
         "task": trainer.task.name if trainer.task else None,
         "rows": len({r["row_number"] for r in trainer.train_rows}),
         "steps": trainer.state.global_step,
-        "train_loss": result.training_loss,
+        "train_loss": mean_loss(trainer.state.log_history),
         "best": trainer.state.best_metric,
         "seconds": round(seconds, 1),
         "samples_per_s": round(result.metrics["train_samples_per_second"], 2),
@@ -63,7 +70,6 @@ def run_training(trainer, run: Run, record: dict, earlier_hashes: Iterable[str] 
     # by every process, since under FSDP each holds a part of the weights
     state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else trainer.model.state_dict()
     weights = {k: v.to(torch.bfloat16) for k, v in state.items() if "lora_" in k and ".default." in k}
-    scores = trainer.score_dev_rows() if trainer.task and trainer.dev_rows else None
     if trainer.is_world_process_zero():
         hashes = {h for row in trainer.train_rows for h in row["hashes"]} | set(earlier_hashes)
         finish_run(
@@ -79,3 +85,23 @@ def run_training(trainer, run: Run, record: dict, earlier_hashes: Iterable[str] 
             dev_rows=trainer.dev_rows,
         )
     return record
+
+
+def mean_loss(history: list[dict]) -> float:
+    """Mean training loss of all steps of a run, also where it was resumed.
+
+    history: a trainer's log_history, in which "loss" is the mean over the steps since the entry before. Its own
+    train_loss leaves out the steps before a checkpoint. Every checkpoint has its steps' loss logged (StopOnSignal).
+    """
+    total, before = 0.0, 0
+    for entry in history:
+        if "loss" in entry:
+            total, before = total + entry["loss"] * (entry["step"] - before), entry["step"]
+    return total / max(before, 1)
+
+
+def interrupted_line(folder: Path, step: int) -> str:
+    """What an interrupted run says last."""
+    if not checkpoints_in(folder):
+        return "stopped before the first step was done; the same command starts again"
+    return f"stopped at step {step}; the same command with --resume_from_checkpoint last continues"

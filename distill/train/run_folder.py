@@ -15,8 +15,12 @@ from distill.model.hub import adapter_sha256
 from distill.run_record import run_record
 
 # flags that a resumed run may change; all others must be equal, so that a new flag is never forgotten
-CHANGEABLE = {"save_dir", "resume_from_checkpoint", "micro_batch", "max_vram_gb", "eval_steps", "teacher_timeout"}
-CHANGEABLE |= {"price_in", "price_out", "max_cost"}
+CHANGEABLE = {"save_dir", "resume_from_checkpoint", "overwrite", "micro_batch", "max_vram_gb", "eval_steps"}
+CHANGEABLE |= {"teacher_timeout", "price_in", "price_out", "max_cost"}
+
+# what finish_run leaves, in the order in which --overwrite removes it: without its weights a folder is no adapter
+RUN_FILES = ["adapter_model.safetensors", "adapter_config.json", "calibration.json", "task.json", "train_rows.txt"]
+RUN_FILES += ["curve.png", "README.md", "run.json"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,8 @@ class Run:
     """A training run as its folder records it.
 
     route: sft, kd, dpo. settings: every flag and its value. identity: what a checkpoint must have in common with the
-    run that resumes it ("same" in run.json). checkpoint: the folder to resume from, or None.
+    run that resumes it ("same" in run.json). checkpoint: the folder to resume from, or None. overwrite: whether the run
+    replaces what stands in its folder.
     """
 
     route: str
@@ -34,6 +39,7 @@ class Run:
     settings: dict
     identity: dict[str, str]
     checkpoint: Path | None
+    overwrite: bool = False
 
     def record(self) -> dict:
         """The first fields of its run.json."""
@@ -48,13 +54,15 @@ def check_run(
     data: Path,
     settings: dict,
     resume: str | None = None,
+    overwrite: bool = False,
     inputs: dict[str, Path | str | None] | None = None,
 ) -> Run:
     """Check the folder and the checkpoint to resume from, before anything is overwritten or computed.
 
     A resumed run must be the same run: it could otherwise be trained on rows that the evaluation's overlap check does
     not know of.
-    settings: every flag and its value. resume: a checkpoint folder, or "last".
+    settings: every flag and its value. resume: a checkpoint folder, or "last". overwrite: begin anew in a folder that
+    holds a run; a resumed run ignores it.
     inputs: files and adapter folders, besides `data`, by the name of the flag. They may change while their path stays,
     so their hashes are part of the run's identity; what is neither a file nor an adapter folder is left out.
     Errors: UserError for a folder that holds something else, and for a checkpoint that is missing, damaged or of
@@ -67,14 +75,32 @@ def check_run(
     for name, path in (inputs or {}).items():
         if path and (found := file_sha256(path) if Path(path).is_file() else adapter_sha256(path)):
             identity[f"{name}_sha256"] = found
+    if (found := finished_run(save_dir)) and (resume or not overwrite):
+        more = "" if resume else ", or --overwrite to replace it"
+        raise UserError(f"{save_dir}: a finished run stands here ({found}); expected another --save_dir{more}")
+    for name, path in (inputs or {}).items():
+        if overwrite and path and Path(path).resolve().is_relative_to(save_dir.resolve()):
+            raise UserError(f"--overwrite would remove --{name} {path}; expected another --save_dir")
     checkpoint = check_checkpoint(save_dir, resume, identity) if resume else None
     if not resume:
-        if any((p / "trainer_state.json").is_file() for p in checkpoints_in(save_dir)):
-            raise UserError(f"{save_dir}: an unfinished run; expected --resume_from_checkpoint last")
+        if not overwrite and any((p / "trainer_state.json").is_file() for p in checkpoints_in(save_dir)):
+            raise UserError(f"{save_dir}: an unfinished run; expected --resume_from_checkpoint last, or --overwrite")
         if (save_dir / "README.md").is_file() and not (save_dir / "run.json").is_file():
             raise UserError(f"{save_dir}: its README.md is not from a run; expected a --save_dir of its own")
     settings = settings | {"resume_from_checkpoint": checkpoint and str(checkpoint)}
-    return Run(route, save_dir, student, data, settings, identity, checkpoint)
+    return Run(route, save_dir, student, data, settings, identity, checkpoint, overwrite)
+
+
+def finished_run(folder: Path) -> str | None:
+    """Base, rows and date of the finished run in a folder, or None. A run that is being written is not finished."""
+    path = folder / "run.json"
+    if not (folder / "adapter_model.safetensors").is_file():
+        return None
+    record = read_json(path) if path.is_file() else {}
+    if not isinstance(record, dict) or record.get("status") == "started":
+        return None
+    rows = f"{record['rows']} rows" if "rows" in record else "rows unknown"
+    return f"base {record.get('student', 'unknown')}, {rows}, {str(record.get('date', 'date unknown'))[:10]}"
 
 
 class RunRecord(StrictModel):
@@ -106,9 +132,13 @@ def start_run(run: Run) -> None:
     """Begin the run's folder: run.json with status "started". A resumed run keeps what is there."""
     if run.checkpoint or int(os.environ.get("RANK", 0)):
         return
-    for part in checkpoints_in(run.folder):
-        if not (part / "trainer_state.json").is_file():  # of a run that was killed while it wrote its first
+    for part in checkpoints_in(run.folder):  # without its state, of a run that was killed while it wrote its first
+        if run.overwrite or not (part / "trainer_state.json").is_file():
             shutil.rmtree(part)
+    if run.overwrite:  # files of two runs are never mixed
+        for name in RUN_FILES:
+            (run.folder / name).unlink(missing_ok=True)
+        shutil.rmtree(run.folder / "tensorboard", ignore_errors=True)
     write_json(run.folder / "run.json", {"status": "started", "same": run.identity, **run_record(run.settings)})
 
 
@@ -248,7 +278,9 @@ def write_card(run: Run, record: dict, lora_r: int) -> None:
             f"- development accuracy {record['dev']['accuracy']:.3f} on {record['dev']['rows']} rows (fitted), those "
             "that chose checkpoint and calibration: eval_creditmix.py has the held-out figure"
         )
-    given = {k: v for k, v in run.settings.items() if v is not None and k != "resume_from_checkpoint"}
+    given = {
+        k: v for k, v in run.settings.items() if v is not None and k not in ("resume_from_checkpoint", "overwrite")
+    }
     flags = shlex.join(str(word) for k, v in given.items() for word in (f"--{k}", v))
     lines += ["", "Made by:", "", f"    python {Path(sys.argv[0]).name} {flags}", ""]
     lines += ["The figures are those of `run.json`, which also has versions, hardware and the loss.", ""]

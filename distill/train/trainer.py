@@ -11,7 +11,7 @@ from common import LabelScorer, Task, label_classes, log_loss, prompt_of
 from distill.files import UserError
 from distill.model.fused_lora import fuse
 from distill.model.token_tree import tree_mask_unsupported_reason
-from distill.train.callbacks import log_line
+from distill.train.callbacks import log_line, random_state_kept
 from distill.train.data import longest_text
 from distill.train.ema import EmaOfWeights
 from distill.train.out_of_memory import SplitsOnOutOfMemory
@@ -69,8 +69,13 @@ class StudentTrainer(EmaOfWeights, SplitsOnOutOfMemory):
             average_gradients(self.trainable)
         return loss
 
+    def _run_epoch(self, **kwargs):
+        if self.state.global_step < self.state.max_steps:  # resumed from its last step, a run has nothing left to do
+            super()._run_epoch(**kwargs)
+
     def evaluate(self, *args, metric_key_prefix="eval", **kwargs):
-        with self.ema_weights():
+        # a run that is stopped here goes on as if it had not been, and --eval_steps changes no weight
+        with random_state_kept(), self.ema_weights():
             metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
             if self.task and self.dev_rows:
                 raw, _, y = self.score_dev_rows()
