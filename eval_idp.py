@@ -9,22 +9,26 @@ On a CPU, a few minutes:
 
 Held out are the companies that idp_prepare.py kept apart (same file, seed and fraction). Values are compared by
 `canonical`: amounts and dates by value, text by its letters and digits in lower case. A field counts once for every
-value, so the items of a list are compared as a multiset, field by field.
+value, so the items of a list are compared as a multiset, field by field. The report shows how far the confidence of a
+value (idp_confidence.py) tells right values from wrong ones; a null counts as right where the gold states nothing.
 """
 
 import argparse
+import sys
 import time
 from collections import Counter
 from datetime import datetime
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from common import SEED, holdout, load_model
 from distill.evaluate import (
     bootstrap,
     bootstrap_mean,
     check_overlap,
+    confidence_figures,
     interval,
     overlap_lines,
     overlap_record,
@@ -34,10 +38,14 @@ from distill.evaluate import (
 from distill.files import UserError, cli, positive, read_json, write_json, write_jsonl
 from distill.model.generate import context_length
 from distill.model.hub import check_models
+from distill.report import confidence_table, draw_confidence
 from distill.run_record import run_record
+from distill.tasks.idp_confidence import confidences
 from distill.tasks.idp_corpus import read_corpus
 from distill.tasks.idp_decode import Constraint, Vocabulary, generate_texts
-from distill.tasks.idp_documents import extract, idp_prompt, pieces_of
+from distill.tasks.idp_documents import extract, idp_prompt, pieces_of, schema_warning
+from distill.tasks.idp_grounding import details
+from distill.tasks.idp_leaves import leaves_of
 from distill.tasks.idp_schema import check_schema, compact, parse_valid, validator
 from distill.tasks.idp_score import (
     SROIE_FIELDS,
@@ -47,6 +55,7 @@ from distill.tasks.idp_score import (
     free_value,
     leaves,
     regex_receipt,
+    right_leaves,
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,7 +99,7 @@ def similarities(results: list[dict], gold: list, paths: list[str]) -> dict[str,
     for i, (r, g) in enumerate(zip(results, gold, strict=True)):
         have = dict(leaves(r["value"]))
         for p, v in leaves(g):
-            if p in found and isinstance(v, str) and canonical(v)[0] == "text":
+            if p in found and isinstance(v, str) and (canonical(v) or " ")[0] == "text":
                 found[p][i] += edit_similarity(str(have.get(p) or ""), v), 1
     return {p: sums for p, sums in found.items() if sums.any()}
 
@@ -106,6 +115,45 @@ def rounded_interval(values: np.ndarray) -> list[float]:
 
 def with_interval(value: float, drawn: np.ndarray) -> dict:
     return {"value": round(float(value), 4), "ci95": rounded_interval(drawn)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Confidence
+
+ALL, DOCUMENT = "all values", "whole document"  # rows of the table after the fields
+
+
+def judge_confidence(results: list[dict], gold: list) -> dict[str, np.ndarray]:
+    """{field: float array [values, 3] of confidence, right (0 or 1), grounded (0, 1, NaN: unknown)} of the results.
+
+    After the fields come ALL, and DOCUMENT: a document's least confidence, and whether all of it is right.
+    """
+    fields, documents = {}, []
+    for r, g in zip(results, gold, strict=True):
+        found = leaves_of(r["value"]) if r["details"] else []
+        for leaf, told, right in zip(found, r["details"], right_leaves(found, g), strict=True):
+            grounded = np.nan if told["grounded"] is None else told["grounded"]
+            fields.setdefault(leaf.field, []).append((told["confidence"], right, grounded))
+        if found:
+            exact = all(a == p == n for a, p, n in field_counts(r["value"], g).values())
+            documents.append((min(told["confidence"] for told in r["details"]), exact, np.nan))
+    if documents:
+        fields |= {ALL: [row for rows in fields.values() for row in rows], DOCUMENT: documents}
+    return {field: np.array(rows, float) for field, rows in fields.items()}
+
+
+def confidence_report(judged: dict[str, np.ndarray]) -> dict[str, dict]:
+    """confidence_figures of each field, with "grounded": {yes, no, unknown: {"n", "accuracy"}}."""
+    report = {}
+    for field, (confidence, right, grounded) in ((f, rows.T) for f, rows in judged.items()):
+        report[field] = confidence_figures(confidence, right > 0)
+        parts = {"yes": grounded == 1, "no": grounded == 0, "unknown": np.isnan(grounded)}
+        report[field]["grounded"] = {
+            name: {"n": int(own.sum()), "accuracy": float(right[own].mean())}
+            for name, own in parts.items()
+            if own.any()
+        }
+    return report
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -127,7 +175,7 @@ def run_model(
     for i, document in enumerate(documents, 1):
         if len(pieces_of(document, schema, tokenizer, context, max_new_tokens)) > 1:
             raise UserError(f"{place}: held-out row {i} exceeds the context of {name}; expected shorter ones")
-    values = extract(model, tokenizer, documents, schema, constraint, max_new_tokens, batch_size, desc=label)
+    found = extract(model, tokenizer, documents, schema, constraint, max_new_tokens, batch_size, desc=label)
     texts = generate_texts(
         model,
         tokenizer,
@@ -137,11 +185,15 @@ def run_model(
         desc=f"{label} free",
     )
     results = {"constrained": [], "free": []}
-    for value, text in zip(values, texts, strict=True):
+    for extraction, document, text in zip(tqdm(found, f"{label} confidence"), documents, texts, strict=True):
+        value, leaves_found = extraction.value, []
         if isinstance(value, UserError):
-            results["constrained"].append({"value": free_value(""), "valid": False, "text": str(value)})
+            result = {"value": free_value(""), "valid": False, "text": str(value)}
         else:
-            results["constrained"].append({"value": value, "valid": judge.is_valid(value), "text": compact(value)})
+            sure = confidences(model, tokenizer, vocab.table, extraction.pieces, value)
+            result = {"value": value, "valid": judge.is_valid(value), "text": compact(value)}
+            leaves_found = details(value, document, schema, sure)
+        results["constrained"].append({**result, "details": leaves_found})
         valid = parse_valid(text, judge)[1] is None
         results["free"].append({"value": free_value(text), "valid": valid, "text": text})
     return results
@@ -200,7 +252,10 @@ def main(args):
         report["systems"]["regular expressions"] = summarise(
             [{"value": v, "valid": True} for v in values], gold, groups
         )
+    judged = {}
     for name in args.model_dir:
+        if warning := schema_warning(name, schema):
+            print(f"warning: {warning}", file=sys.stderr)
         start = time.perf_counter()
         found = run_model(
             name, rows, schema, grammar, args.precision, args.max_new_tokens, args.batch_size, str(args.data)
@@ -208,6 +263,9 @@ def main(args):
         for mode, results in found.items():
             system = name if mode == "constrained" else f"{name} free"
             report["systems"][system] = summarise(results, gold, groups)
+            if mode == "constrained":
+                judged[name] = judge_confidence(results, gold)
+                report["systems"][name]["confidence"] = confidence_report(judged[name])
             lines = [
                 {"gold": g, **r, "fields": field_counts(r["value"], g)} for r, g in zip(results, gold, strict=True)
             ]
@@ -215,8 +273,13 @@ def main(args):
         report["systems"][name]["seconds_both_modes"] = round(time.perf_counter() - start, 1)
     write_json(out / "report.json", report)
     picture(report, out / "f1_by_field.png")
-    print("\n".join([table(report), *overlap_lines(report)]))
-    print(f"{out}/report.json, f1_by_field.png and one JSONL a system")
+    draw_confidence({name: tuple(j[ALL].T[:2]) for name, j in judged.items() if j}, out / "confidence.png")
+    lines = [table(report), *overlap_lines(report)]
+    for name in args.model_dir:
+        if figures := report["systems"][name]["confidence"]:
+            lines += ["", *confidence_table(name, figures, ALL)]
+    print("\n".join(lines))
+    print(f"{out}/report.json, f1_by_field.png, confidence.png and one JSONL per system")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from distill.files import UserError, between, cli, read_json, read_rows, write_j
 from distill.tasks.augment import swap_document_values
 from distill.tasks.idp_corpus import ResultRow, read_answers, rejected_answer, without_held_out
 from distill.tasks.idp_documents import idp_prompt
-from distill.tasks.idp_schema import check_schema, compact, in_schema_order, validator
+from distill.tasks.idp_schema import check_schema, compact, in_schema_order, schema_sha256, validator
 from distill.tasks.idp_synthetic import synthesize
 
 
@@ -98,8 +98,9 @@ def copies_of(rows, answer, schema, copies, seed, rng):
 
 
 def source_of(row, schema):
-    """The prompt of a row, and the fields by which splits and the overlap check know it."""
-    return {"input": idp_prompt(schema, row["document"])} | {k: row[k] for k in ("group", "copy_of") if k in row}
+    """The prompt of a row, and the fields by which splits, the overlap check and inference know what it is."""
+    own = {k: row[k] for k in ("group", "copy_of") if k in row}
+    return {"input": idp_prompt(schema, row["document"]), **own, "schema_sha256": schema_sha256(schema)}
 
 
 if __name__ == "__main__":

@@ -170,6 +170,38 @@ def act_above(p: np.ndarray, y: np.ndarray, labels: Sequence[str], weights: np.n
     return table
 
 
+def reliability(confidence: np.ndarray, right: np.ndarray, bins: int = 10) -> list[dict]:
+    """Confidence against accuracy in bins of equal width, of answers [N]; bins without an answer are left out."""
+    where = np.minimum((confidence * bins).astype(int), bins - 1)
+    table = []
+    for b in np.unique(where):
+        own = where == b
+        means = {"confidence": float(confidence[own].mean()), "accuracy": float(right[own].mean())}
+        table.append({"from": b / bins, "to": (b + 1) / bins, "n": int(own.sum()), **means})
+    return table
+
+
+def confidence_figures(confidence: np.ndarray, right: np.ndarray) -> dict:
+    """What the confidence of an answer says about its being right, for answers [N] with right a bool array.
+
+    "threshold" is the lowest confidence among the answers of "coverage_at_5_percent_error", None where there are none.
+    It was chosen on these very answers.
+    """
+    p, y = confidence[:, None], (~right).astype(int)  # each answer as a choice among one label, the right one if y is 0
+    coverage = coverage_at_error(p, y, 0.05)
+    accepted = round(coverage * len(y))
+    return {
+        "n": len(y),
+        "accuracy": float(right.mean()),
+        "mean_confidence": float(confidence.mean()),
+        "ece": ece(p, y),
+        "coverage_at_5_percent_error": coverage,
+        "threshold": float(np.sort(confidence)[-accepted]) if accepted else None,
+        "reliability": reliability(confidence, right),
+        "act_above": [{k: v for k, v in e.items() if k != "per_class"} for e in act_above(p, y, ())],
+    }
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Two models on the same rows
 

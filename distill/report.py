@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from common import Task
-from distill.evaluate import confusion, overlap_lines
+from distill.evaluate import confusion, overlap_lines, reliability
 from distill.files import atomic_write
 
 
@@ -79,22 +79,79 @@ def draw(name: str, scores: np.ndarray, y: np.ndarray, task: Task, path: Path) -
     top, right = p.max(1), p.argmax(1) == y
     figure, (left, middle, last) = plt.subplots(1, 3, figsize=(14, 4.2))
     draw_confusion(left, confusion(y, p.argmax(1), len(task.labels)), task.labels)
-    where = np.minimum((top * 10).astype(int), 9)
-    points = [(top[where == b].mean(), right[where == b].mean(), (where == b).sum()) for b in np.unique(where)]
-    x, height, size = zip(*points, strict=True)
-    middle.plot([0, 1], [0, 1], ":", color="gray")
-    middle.scatter(x, height, s=[10 + 400 * n / len(y) for n in size])
-    middle.set(
-        xlabel="probability of the prediction", ylabel="share right", title="reliability", xlim=(0, 1), ylim=(0, 1)
-    )
-    order = np.argsort(-top)
-    last.plot(np.arange(1, len(y) + 1) / len(y), 1 - np.cumsum(right[order]) / np.arange(1, len(y) + 1))
-    last.set(xlabel="coverage, surest rows first", ylabel="error", title="risk-coverage", ylim=(0, None))
+    draw_reliability(middle, top, right, "probability of the prediction")
+    draw_risk_coverage(last, top, right, "surest rows first")
     figure.suptitle(f"{name}, {len(y)} rows")
     figure.tight_layout()
     with atomic_write(path, "wb") as f:
         figure.savefig(f, dpi=110, format="png")
     plt.close(figure)
+
+
+def draw_confidence(systems: dict[str, tuple[np.ndarray, np.ndarray]], path: Path) -> None:
+    """Write a picture of {system: (confidence [N], right [N])} of answers: reliability and risk-coverage, by system."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, last) = plt.subplots(1, 2, figsize=(10, 4.2))
+    for name, (confidence, right) in systems.items():
+        draw_reliability(left, confidence, right, "confidence", name)
+        draw_risk_coverage(last, confidence, right, "surest values first", name)
+    last.legend(fontsize="small")
+    figure.tight_layout()
+    with atomic_write(path, "wb") as f:
+        figure.savefig(f, dpi=110, format="png")
+    plt.close(figure)
+
+
+def draw_reliability(axis, confidence: np.ndarray, right: np.ndarray, name: str, label: str | None = None) -> None:
+    """Accuracy against confidence of answers [N], in ten bins; a point's size is its bin's share."""
+    points = reliability(confidence, right)
+    axis.plot([0, 1], [0, 1], ":", color="gray")
+    axis.scatter(
+        [point["confidence"] for point in points],
+        [point["accuracy"] for point in points],
+        s=[10 + 400 * point["n"] / len(right) for point in points],
+        label=label,
+        alpha=0.7 if label else None,  # points of several systems may lie on each other
+    )
+    axis.set(xlabel=name, ylabel="share right", title="reliability", xlim=(0, 1), ylim=(0, 1))
+
+
+def draw_risk_coverage(axis, confidence: np.ndarray, right: np.ndarray, order: str, label: str | None = None) -> None:
+    """Error among the surest answers against their share, of answers [N] (Geifman and El-Yaniv 2017)."""
+    counts = np.arange(1, len(right) + 1)
+    axis.plot(counts / len(right), 1 - np.cumsum(right[np.argsort(-confidence)]) / counts, label=label)
+    axis.set(xlabel=f"coverage, {order}", ylabel="error", title="risk-coverage", ylim=(0, None))
+
+
+def confidence_table(name: str, figures: dict[str, dict], overall: str) -> list[str]:
+    """Lines of {field: confidence_figures and "grounded": {yes, no: {"n", "accuracy"}}}, then the bins of `overall`."""
+
+    def cell(value, width=6):
+        return f"{'-':>{width}}" if value is None else f"{value:{width}.3f}"
+
+    width = max(len("field"), *map(len, figures))
+    columns = " ".join(f"{c:>6}" for c in ("n", "right", "conf.", "ECE", "at 5%", "above"))
+    lines = [
+        f"{name}: accuracy against confidence (at 5%: share to accept, surest first, so that at most 5 % of it is "
+        "wrong; above: its lowest confidence)",
+        f"{'field':{width}} {columns}  right, if the document has the value; if not",
+    ]
+    for field, m in figures.items():
+        keys = ("accuracy", "mean_confidence", "ece", "coverage_at_5_percent_error", "threshold")
+        grounded = m.get("grounded", {})
+        shares = "; ".join(
+            f"{cell(grounded[k]['accuracy'], 1)} of {grounded[k]['n']}" for k in ("yes", "no") if k in grounded
+        )
+        lines.append(f"{field:{width}} {m['n']:6} {' '.join(cell(m[k]) for k in keys)}  {shares}")
+    lines += ["", f"{overall}:", f"{'confidence':>12} {'n':>6} {'mean':>6} {'right':>6}"]
+    for b in figures[overall]["reliability"]:
+        lines.append(f"{b['from']:>6.1f} - {b['to']:.1f} {b['n']:6} {cell(b['confidence'])} {cell(b['accuracy'])}")
+    accepted = [f"{e['p']:.2f}: {e['coverage']:.2f}, {cell(e['error'], 1)}" for e in figures[overall]["act_above"]]
+    return [*lines, f"accepted from a confidence of (share, error): {'; '.join(accepted)}"]
 
 
 def draw_confusion(axis, matrix: np.ndarray, labels: tuple) -> None:

@@ -63,7 +63,8 @@ def test_an_answer_that_breaks_the_schema_is_asked_again(server):
         bodies.append(body)
         return 200, json.dumps({"kind": "invoice", "paid": True if len(bodies) > 1 else "perhaps"})
 
-    assert extract_from(Endpoint(server(answer)), ["INVOICE 17"], SCHEMA, 40) == [{"kind": "invoice", "paid": True}]
+    (found,) = extract_from(Endpoint(server(answer)), ["INVOICE 17"], SCHEMA, 40)
+    assert found.value == {"kind": "invoice", "paid": True}
     first, second = bodies
     assert first["model"] == "student" and first["max_tokens"] == 40
     assert first["response_format"]["json_schema"]["schema"] == SCHEMA
@@ -71,8 +72,8 @@ def test_an_answer_that_breaks_the_schema_is_asked_again(server):
 
 
 def test_a_server_that_ignores_the_schema_gives_an_error_and_no_value(server):
-    (error,) = extract_from(Endpoint(server(lambda body: (200, "I am a poem"))), ["x"], SCHEMA, 40)
-    assert isinstance(error, UserError) and "not JSON" in str(error)
+    (found,) = extract_from(Endpoint(server(lambda body: (200, "I am a poem"))), ["x"], SCHEMA, 40)
+    assert isinstance(found.value, UserError) and "not JSON" in str(found.value)
 
 
 def test_turn_markers_of_a_document_are_broken(server):

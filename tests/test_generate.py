@@ -282,7 +282,9 @@ def test_cuda_graphs_give_what_transformers_generate_gives(tiny, capsys):
     together = generate(model, tokenizer, prompts, 16, batch_size=50, temperature=1.0, seed=7)
     assert together == generate(model, tokenizer, prompts, 16, batch_size=3, temperature=1.0, seed=7)
     constraint = Constraint.of(check_schema(SCHEMA), Vocabulary.of(tokenizer, model.config.vocab_size), 50)
-    values = extract(model, tokenizer, ["ACME LTD TOTAL 5.00"] * 9, SCHEMA, constraint, 50, batch_size=5)
+    values = [
+        e.value for e in extract(model, tokenizer, ["ACME LTD TOTAL 5.00"] * 9, SCHEMA, constraint, 50, batch_size=5)
+    ]
     assert all(value == values[0] and set(value) == set(SCHEMA["properties"]) for value in values)
 
 
@@ -296,7 +298,7 @@ def test_checkpoint_settings_do_not_change_idp_or_codegen(loaded, with_generatio
     found = []
     for model, tokenizer in (loaded, other):
         constraint = Constraint.of(check_schema(SCHEMA), Vocabulary.of(tokenizer, model.config.vocab_size), 60)
-        values = extract(model, tokenizer, ["ACME LTD TOTAL 5.00 5.00 5.00"], SCHEMA, constraint, 60)
+        values = [e.value for e in extract(model, tokenizer, ["ACME LTD TOTAL 5.00 5.00 5.00"], SCHEMA, constraint, 60)]
         replies = []
         for sampling in (Sampling(max_new_tokens=40), Sampling(max_new_tokens=40, n=2, temperature=1.5)):
             rows = sample_code(model, tokenizer, ["Write one()."] * 2, [0, 1], sampling)

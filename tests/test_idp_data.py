@@ -14,7 +14,7 @@ from distill.files import UserError, read_json
 from distill.tasks.augment import shown_values, swap_values
 from distill.tasks.idp_corpus import mistakes, read_answers, read_corpus, without_held_out
 from distill.tasks.idp_documents import idp_prompt
-from distill.tasks.idp_schema import validator
+from distill.tasks.idp_schema import schema_sha256, validator
 from distill.tasks.idp_score import canonical, edit_similarity, field_counts, free_value, regex_receipt
 from distill.tasks.idp_synthetic import synthesize
 from eval_idp import summarise
@@ -75,7 +75,7 @@ def test_prepare_splits_by_group_and_checks_itself(run, tmp_path):
     held = [r for r in rows if idp_prompt(schema, r["document"]) not in {x["input"] for x in sft}]
     assert held and not trained & {r["group"] for r in held}
     for r in sft:
-        assert json.loads(r["output"]) == by_prompt[r["input"]]["gold"]
+        assert json.loads(r["output"]) == by_prompt[r["input"]]["gold"] and r["schema_sha256"] == schema_sha256(schema)
         assert (
             list(json.loads(r["output"])) == list(schema["properties"]) and ": " not in r["output"].split('"items"')[0]
         )
@@ -195,7 +195,13 @@ def test_evaluation_reports_every_system(run, tiny, jsonl, tmp_path):
     assert report["systems"][str(tiny)]["valid"]["value"] == 1.0
     assert report["systems"]["regular expressions"]["fields"]["total"]["f1"] == 1.0
     lines = (tmp_path / "out" / f"{tiny.name}_constrained.jsonl").read_text().splitlines()
-    assert len(lines) == 3 and (tmp_path / "out" / "f1_by_field.png").stat().st_size > 5000
+    confidence = report["systems"][str(tiny)]["confidence"]
+    assert confidence["whole document"]["n"] == 3 and "all values:" in done.stdout
+    assert (
+        len(lines) == 3
+        and (tmp_path / "out" / "confidence.png").is_file()
+        and (tmp_path / "out" / "f1_by_field.png").stat().st_size > 5000
+    )
     assert (report["training_overlap"], report["overlap"], report["overlap_unknown"]) == ({str(tiny): 0}, 0, [])
 
 

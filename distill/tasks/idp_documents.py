@@ -1,17 +1,21 @@
 """Documents to JSON: the prompt, long documents in overlapping pieces, and the merging of their results."""
 
+import functools
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 
 from jsonschema import Draft202012Validator
 
 from common import prompt_ids
-from distill.files import UserError
+from distill.files import UserError, read_json
 from distill.model.chat_template import escape_special_tokens
 from distill.model.generate import context_length
 from distill.tasks.endpoint import Endpoint
 from distill.tasks.idp_decode import SAMPLING_TEMPERATURE, Constraint, generate_texts, generate_valid
-from distill.tasks.idp_schema import compact, validator
+from distill.tasks.idp_schema import compact, schema_sha256, validator
 
 MAX_CHARS = 200_000  # of one document: about 100 pages; more is a mistake in the call rather than a document
 INSTRUCTION = (
@@ -23,6 +27,20 @@ INSTRUCTION = (
 def idp_prompt(schema, document: str) -> str:
     """The user message, in training and at inference: the constant part first, the document last."""
     return f"{INSTRUCTION}\n\nSchema:\n{compact(schema)}\n\nDocument:\n{document}"
+
+
+def schema_warning(model_dir: str, schema) -> str | None:
+    """One line where a model was not trained to answer in this schema, by its run.json; None where it was, or may be.
+
+    The schema stands in the prompt, so another order of its keys or another description is another schema.
+    """
+    if not (Path(model_dir) / "adapter_config.json").is_file():
+        return f"{model_dir}: no adapter: what it writes is valid JSON of the schema, which does not make it right"
+    run = Path(model_dir) / "run.json"
+    trained, asked = read_json(run).get("schema_sha256") if run.is_file() else None, schema_sha256(schema)
+    if trained is None or asked in trained:  # a run of before it was recorded says nothing
+        return None
+    return f"{model_dir}: trained with schema {' and '.join(trained) or 'none'}, asked with {asked}: trust it less"
 
 
 def check_document(document: str, place) -> str:
@@ -107,6 +125,17 @@ def pieces_of(document: str, schema, tokenizer, context: int, max_new_tokens: in
     return split_document(document, tokenizer, room)
 
 
+@dataclass(frozen=True)
+class Extraction:
+    """What was read from one document.
+
+    value: JSON that validates, or a UserError in its place. pieces: the user message and the JSON of each piece.
+    """
+
+    value: object
+    pieces: list[tuple[str, object]]
+
+
 def extract(
     model,
     tokenizer,
@@ -117,8 +146,8 @@ def extract(
     batch_size: int = 8,
     first: int = 1,
     desc: str | None = None,
-) -> list:
-    """One valid value per document. first: the number of documents[0] in messages; desc: name of a progress bar.
+) -> list[Extraction]:
+    """One extraction per document. first: the number of documents[0] in messages; desc: name of a progress bar.
 
     A UserError takes the place of a value where generate_valid finds none, or where the pieces of a document are not
     valid together. The caller raises it if it needs that document; the others are not affected.
@@ -144,7 +173,7 @@ def extract(
 
 def extract_from(
     endpoint: Endpoint, documents: list[str], schema, max_new_tokens: int, batch_size: int = 8, first: int = 1
-) -> list:
+) -> list[Extraction]:
     """As extract, by a server: it holds answers to the schema as well as it can, and is asked again where it does not.
 
     A document is read whole. One that exceeds the server's context is refused by it: UserError.
@@ -160,21 +189,29 @@ def extract_from(
     return extract_pieces(ask, [[d] for d in documents], schema, first)
 
 
-def extract_pieces(ask: Callable[[list[str], int], list[str]], pieces: list[list[str]], schema, first: int = 1) -> list:
-    """One valid value, or a UserError, per document from its pieces. ask: see generate_valid; first: see extract."""
+def extract_pieces(
+    ask: Callable[[list[str], int], list[str]], pieces: list[list[str]], schema, first: int = 1
+) -> list[Extraction]:
+    """One extraction per document from its pieces. ask: see generate_valid; first: see extract."""
     judge = validator(schema)
-    places = [(i, piece) for i, own in enumerate(pieces) for piece in own]
-    values = generate_valid(ask, [idp_prompt(schema, piece) for _, piece in places], judge)
-    results = {}
-    for (i, _), value in zip(places, values, strict=True):
-        failed = next((v for v in (results.get(i), value) if isinstance(v, UserError)), None)
-        results[i] = failed or (merge(results[i], value) if i in results else value)
-    for i, value in results.items():
-        if isinstance(value, UserError):
-            continue
-        for message in shorten_lists(value, judge):
-            print(f"WARNING: document {first + i}: {message}", file=sys.stderr)
-        if error := next(judge.iter_errors(value), None):
-            wrong = f"{error.json_path}: {error.message[:99]}"
-            results[i] = UserError(f"document {first + i}: its pieces together are not valid: {wrong}")
-    return [results[i] for i in range(len(pieces))]
+    messages = [[idp_prompt(schema, piece) for piece in own] for own in pieces]
+    values = iter(generate_valid(ask, [m for own in messages for m in own], judge))
+    found = []
+    for number, own in enumerate(messages, first):
+        answers = list(zip(own, islice(values, len(own)), strict=True))
+        found.append(Extraction(merge_answers([value for _, value in answers], judge, number), answers))
+    return found
+
+
+def merge_answers(values: list, judge: Draft202012Validator, number: int) -> object:
+    """The valid value of a document's pieces together, or the UserError of one. number: the document's in messages."""
+    failed = next((value for value in values if isinstance(value, UserError)), None)
+    if failed:
+        return failed
+    value = functools.reduce(merge, values)
+    for message in shorten_lists(value, judge):
+        print(f"WARNING: document {number}: {message}", file=sys.stderr)
+    if error := next(judge.iter_errors(value), None):
+        wrong = f"{error.json_path}: {error.message[:99]}"
+        return UserError(f"document {number}: its pieces together are not valid: {wrong}")
+    return value

@@ -10,7 +10,7 @@ from jsonschema_specifications import REGISTRY
 from llguidance import LLMatcher
 from referencing.exceptions import Unresolvable
 
-from distill.files import UserError
+from distill.files import UserError, sha256
 
 # No \uXXXX, so that a key has one spelling and cannot slip past "properties"; no white space between tokens.
 GRAMMAR_OPTIONS = {"whitespace_flexible": False, "json_allowed_escapes": '"\\bfnrt'}
@@ -188,6 +188,11 @@ def refuse_as_compiled(schema, error):
 def compact(value):
     """JSON as the decoder writes it: no white space between tokens, no escapes that are not needed."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def schema_sha256(schema):
+    """The hash by which training rows, run.json and inference know a schema: of its text in the prompt."""
+    return sha256(compact(schema))[:16]
 
 
 def in_schema_order(value, schema):

@@ -6,6 +6,9 @@ import unicodedata
 from collections import Counter
 from datetime import date
 
+from distill.tasks.idp_leaves import leaves_of
+from distill.tasks.idp_schema import compact
+
 SROIE_FIELDS = {"company", "date", "address", "total"}
 MONTHS = ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"]
 DATE = r"(\d{4})[-/.](\d\d?)[-/.](\d\d?)|(\d\d?)[-/. ]?(\d\d?|[a-z]{3})[-/. ,]*(\d{4}|\d\d)"
@@ -65,6 +68,23 @@ def field_counts(predicted, gold):
         for (path, _), n in counter.items():
             counts.setdefault(path, [0, 0, 0])[index] += n
     return counts
+
+
+def right_leaves(found, gold):
+    """Whether each of a result's leaves (of idp_leaves.leaves_of) is one of the gold's in its field: list of bool.
+
+    Each leaf of the gold counts once. A null is right where the gold has one, an empty list where the gold's is empty.
+    """
+
+    def key(leaf):
+        empty = isinstance(leaf.value, list | dict)
+        return leaf.field, compact(leaf.value) if empty else canonical(leaf.value)
+
+    left, right = Counter(map(key, leaves_of(gold))), []
+    for leaf in found:
+        right.append(left[key(leaf)] > 0)
+        left[key(leaf)] -= right[-1]
+    return right
 
 
 def edit_similarity(a, b):

@@ -25,10 +25,14 @@ def find_task_file(data: Path, given: Path | None = None) -> Path | None:
 
 
 class TrainingRow(StrictModel):
-    """Fields that every route may have. copy_of: hash of the prompt that augmentation changed."""
+    """Fields that every route may have.
+
+    copy_of: hash of the prompt that augmentation changed. schema_sha256: of the JSON Schema that the prompt asks for.
+    """
 
     group: Text | None = None
     copy_of: Text | None = None
+    schema_sha256: Text | None = None
 
 
 class SFTRow(TrainingRow):
@@ -144,6 +148,7 @@ def describe(tokenizer, rows: list[dict], dropped: dict[str, int], dropped_dev: 
         "dev_rows_dropped": dropped_dev,
         "tokens": {"median": at[50], "p95": at[95], "p99": at[99], "longest": at[100]},
         "trained": trained,
+        "schema_sha256": sorted({r["schema_sha256"] for r in rows if r.get("schema_sha256")}),
     }
 
 
