@@ -26,7 +26,7 @@ from distill.model.decode_graph import DecodeStep, stepped
 from distill.model.generate import end_tokens, generate
 from distill.model.hub import EMBEDDED
 from distill.model.sampling import Request, random_numbers, ranked_tokens, sample
-from distill.model.slot_cache import SlotCache
+from distill.model.slot_cache import SlotCache, key_shape
 from distill.model.transformers_generate import generate_in_batches
 from distill.tasks.codegen_samples import Sampling
 from distill.tasks.codegen_samples import sample as sample_code
@@ -269,6 +269,17 @@ def test_memory_is_kept_for_the_next_call_that_fits_in_it(loaded, monkeypatch):
     for n, limit in ((6, 20), (4, 12), (6, 20), (6, 300)):
         generate(model, tokenizer, random_prompts(n), limit)
     assert made == [(6, 256), (6, 512)]
+
+
+@torch.inference_mode()
+def test_a_step_of_more_rows_than_are_running_stays_within_the_cache(loaded):
+    """A graph has more rows than are running; those write too, for as many steps as run without a look."""
+    model, _ = loaded
+    cache = SlotCache(key_shape(model), slots=4, capacity=32)
+    step = DecodeStep(cache, limit=16, burst=8)
+    step.load([5], [3], [1])
+    step.tokens(model, cache.slots, last=10, steps=8, sampled=True)
+    assert step.state[1].tolist() == [11, 32, 32, 32]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -34,8 +34,9 @@ class DecodeStep:
 
     def load(self, tokens: list[int], positions: list[int], counts: list[int]) -> None:
         """Set the state of the first rows: last token, its position, and the number of tokens so far."""
-        unused = self.cache.slots - len(tokens)  # rows without a sequence write where none reads
-        state = [tokens + [0] * unused, positions + [self.cache.capacity - 1] * unused, counts + [0] * unused]
+        unused = self.cache.slots - len(tokens)  # rows without a sequence write at the end, where none reads
+        free = self.cache.capacity - self.burst
+        state = [tokens + [0] * unused, positions + [free] * unused, counts + [0] * unused]
         state = torch.tensor(state)
         self.state.copy_(state.pin_memory() if self.on_gpu else state, non_blocking=True)
 
