@@ -1,9 +1,12 @@
-# Sourced by the recipes beside it: commands side by side, JOBS at once (default 1, for one 8 GB card), spread over the GPUs.
+# Sourced by the recipes beside it: commands side by side, JOBS at once (default 1, for one 8 GB card), spread over all GPUs,
+# or over those of CUDA_VISIBLE_DEVICES.
 #   job LOG COMMAND...   start a command when a place is free; its output goes to LOG
 #   finish               wait for all; exit 1 and show the log's end where one failed
 : "${JOBS:=1}"
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} TQDM_MININTERVAL=30
-gpus=$({ nvidia-smi -L 2>/dev/null || true; } | wc -l) started=0 failed=0
+present=$({ nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null || true; } | paste -sd,)
+IFS=, read -ra gpus <<< "${CUDA_VISIBLE_DEVICES:-$present}"
+started=0 failed=0
 declare -A log_of=()
 reap() {  # wait for one job
   local pid code=0
@@ -18,8 +21,8 @@ job() {
   local log=$1; shift
   while [ "${#log_of[@]}" -ge "$JOBS" ]; do reap; done
   mkdir -p "$(dirname "$log")"
-  if [ "$gpus" -gt 1 ]; then
-    CUDA_VISIBLE_DEVICES=$((started % gpus)) "$@" > "$log" 2>&1 &
+  if [ "${#gpus[@]}" -gt 1 ]; then
+    CUDA_VISIBLE_DEVICES=${gpus[started % ${#gpus[@]}]} "$@" > "$log" 2>&1 &
   else
     "$@" > "$log" 2>&1 &
   fi
