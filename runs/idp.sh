@@ -3,6 +3,7 @@
 # company in two halves, so that each receipt is tested once by a model that saw neither its company's gold nor the large
 # model's answers about it (idp_prepare.py states the rule).
 #   bash runs/idp.sh SROIE TEACHER OUT     JSONL of {"document", "gold"} and of {"document", "teacher"}; not shipped
+#   SYSTEMS="both sft sft-slow teacher base" and SEEDS="42 43 44" (of "both") say what is trained and evaluated.
 set -euo pipefail
 cd "$(dirname "$0")/.."; source runs/jobs.sh
 sroie=$1 teacher=$2 out=$3
@@ -19,21 +20,26 @@ for half in 0 0.5; do
   job "$out/prepare-teacher-$half.log" prepare teacher $half "--copies 3 --repeat_gold 0" "$teacher"
   job "$out/prepare-both-$half.log" prepare both $half "--copies 3 --repeat_gold 2" "$teacher"
 done; finish
-for half in 0 0.5; do
-  for seed in ${SEEDS:-42 43 44}; do
-    job "$out/both-$seed-$half.log" train both $half kd "--max_steps 450" both-$seed --seed $seed
+names=()
+for system in ${SYSTEMS:-both sft sft-slow teacher base}; do
+  for half in 0 0.5; do
+    case $system in
+      both) for seed in ${SEEDS:-42 43 44}; do
+          names+=("$out/both-$seed-$half")
+          job "$out/both-$seed-$half.log" train both $half kd "--max_steps 450" both-$seed --seed $seed
+        done ;;
+      sft) job "$out/sft-$half.log" train gold $half sft "--max_steps 240" sft ;;
+      sft-slow) job "$out/sft-slow-$half.log" train gold $half sft "--max_steps 240 --lr 1e-3 --batch_size 8" sft-slow ;;
+      teacher) job "$out/teacher-$half.log" train teacher $half kd "--max_steps 450" teacher ;;
+    esac
+    [ $system = both ] || names+=("$out/$system-$half")
   done
-  job "$out/sft-$half.log" train gold $half sft "--max_steps 240" sft
-  job "$out/sft-slow-$half.log" train gold $half sft "--max_steps 240 --lr 1e-3 --batch_size 8" sft-slow
-  job "$out/teacher-$half.log" train teacher $half kd "--max_steps 450" teacher
 done; finish
-for half in 0 0.5; do
-  for name in smollm2-135m "$out"/{sft,sft-slow,teacher,both-*}-$half; do
-
-    own=$out/report-$(basename "$name" "-$half")-$half
-    job "$own.log" python eval_idp.py --model_dir "$name" --data "$sroie" --schema $schema --val_frac 0.5 --val_start $half \
-      --max_new_tokens 160 --batch_size 64 --out "$own"
-  done
+for name in "${names[@]}"; do
+  half=${name##*-} own=$out/report-$(basename "$name")
+  model=$name; [[ $name != */base-* ]] || model=smollm2-135m
+  job "$own.log" python eval_idp.py --model_dir "$model" --data "$sroie" --schema $schema --val_frac 0.5 --val_start "$half" \
+    --max_new_tokens 160 --batch_size 64 --out "$own"
 done; finish
 python - "$out" "$sroie" <<'PY'  # both halves together: each receipt once, intervals over companies
 import json, re, sys
