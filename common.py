@@ -8,9 +8,9 @@ import os
 import re
 import sys
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 from safetensors import SafetensorError
@@ -52,6 +52,7 @@ class TaskFile(StrictModel):
     labels: list[FilledText] = Field(min_length=2)
     template: FilledText
     null_inputs: list[Text] = Field(min_length=1)
+    columns: dict[Literal["text", "label", "group"], FilledText] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,14 @@ class Task:
     template: the whole user message, with {input} where the row's text goes. Put the constant text before it:
               the scorer computes that prefix once.
     null_inputs: content-free inputs whose mean score is the model's prior (Zhao et al. 2021).
+    columns: where the rows of this task have text, label and group; without it question, answer and group.
     """
 
     name: str
     labels: tuple
     template: str
     null_inputs: tuple
+    columns: dict = field(default_factory=dict, compare=False)
 
     @classmethod
     def load(cls, path):
@@ -76,7 +79,7 @@ class Task:
             raise UserError(f"{path}: field 'labels': expected different labels without surrounding white space")
         if task.template.count("{input}") != 1:
             raise UserError(f"{path}: field 'template': expected {{input}} exactly once")
-        return cls(task.name, tuple(labels), task.template, tuple(task.null_inputs))
+        return cls(task.name, tuple(labels), task.template, tuple(task.null_inputs), task.columns)
 
     @classmethod
     def of(cls, model_dir, otherwise):
@@ -85,7 +88,7 @@ class Task:
         return cls.load(own if own.is_file() else otherwise)
 
     def save(self, path):
-        write_json(path, asdict(self))
+        write_json(path, {name: value for name, value in asdict(self).items() if value})
 
     def prompt(self, text):
         """The user message for one input. Nothing else builds it."""

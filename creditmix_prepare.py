@@ -1,8 +1,12 @@
-"""CreditMix data: raw rows -> SFT, KD and DPO files of the training customers; held-out customers are never written.
+"""Rows of a label task -> SFT, KD and DPO files of the training side; held-out rows are never written.
 
     python creditmix_prepare.py --src data/creditmix_dataset.json --outdir data
     python creditmix_prepare.py --src train.csv --outdir data --columns all  # the Kaggle CSV as downloaded, or .csv.gz
     python creditmix_prepare.py --check data/creditmix_dataset.json  # gradient boosting on the file's own split
+
+A task of your own begins with a CSV or JSONL file. --init_task writes the task file, which later commands read:
+
+    python creditmix_prepare.py --src my.csv --text_column question --label_column type --task my_task.json --init_task
 
 Each command takes seconds on a CPU. The shipped rows, data/creditmix_dataset.json, are synthetic: no row is a real
 customer's. They are drawn from data/creditmix_profile.json, aggregate figures of the public data:
@@ -12,6 +16,8 @@ customer's. They are drawn from data/creditmix_profile.json, aggregate figures o
 """
 
 import argparse
+import shlex
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
@@ -20,18 +26,37 @@ from common import SEED, VAL_FRAC, Task, group_hash, holdout, label_classes, uni
 from distill.calibrate import class_shares
 from distill.files import ROOT, UserError, cli, file_sha256, write_json, write_jsonl
 from distill.tasks.boosting import check_file, out_of_fold
-from distill.tasks.creditmix import balance, read_raw, row_key
 from distill.tasks.creditmix_twin import synthesize, write_profile
+from distill.tasks.label_rows import BALANCE, default_balance, init_task, read_label_rows, row_key, training_rows
 
 TASK = ROOT / "data" / "creditmix_task.json"
 
 
 def main(args):
-    task = Task.load(args.task)
-    if not 0 < args.val_frac < 1:
+    flags = {"text": args.text_column, "label": args.label_column, "group": args.group_column}
+    flags = {name: column for name, column in flags.items() if column}
+    if args.init_task:
+        if not (args.src and args.task):
+            raise UserError("--init_task: expected --src FILE, and --task FILE to write")
+        init_task(Path(args.task), args.src, flags)
+    task = Task.load(args.task or TASK)
+    for name, column in flags.items():
+        if task.columns.get(name) != column:
+            found = f"--{name}_column {column}: field 'columns' of {args.task or TASK} is {task.columns}"
+            raise UserError(f"{found}; expected the same there, or a new file by --task FILE --init_task")
+    if not 0 <= args.val_frac < 1:
         raise UserError(f"--val_frac {args.val_frac}: expected a share between 0 and 1")
     if args.src:
-        prepare(args.src, args.outdir, args.columns, args.seed, args.val_frac, task)
+        prepare(
+            args.src,
+            args.outdir,
+            task,
+            task_path=args.task,
+            columns=args.columns,
+            balance=args.balance,
+            seed=args.seed,
+            val_frac=args.val_frac,
+        )
     elif args.check:
         for path in args.check:
             check_file(path, args.columns, args.seed, args.val_frac, task)
@@ -41,58 +66,134 @@ def main(args):
         synthesize(args.synthesize, args.seed, args.outdir)
 
 
-def prepare(src: str | Path, outdir: str | Path, columns: str, seed: int, val_frac: float, task: Task) -> None:
-    """Write NAME_{sft,kd,dpo}.jsonl, NAME_task.json and NAME_split.json of the task NAME under outdir."""
-    outdir = Path(outdir)
-    rows, dropped = read_raw(src, columns)
-    label_classes(src, rows, "answer", task)
+def prepare(
+    src: str | Path,
+    outdir: str | Path,
+    task: Task,
+    *,
+    task_path: str | Path | None = None,
+    columns: str = "six",
+    balance: str | None = None,
+    seed: int = SEED,
+    val_frac: float = VAL_FRAC,
+) -> None:
+    """Write NAME_{sft,kd,dpo}.jsonl, NAME_task.json and NAME_split.json of the task NAME under outdir.
+
+    balance: "none", "smallest", or None for the task's default. task_path: of the task, for the hints.
+    """
+    outdir, how = Path(outdir), balance or default_balance(task)
+    rows, dropped = read_label_rows(src, task, columns)
     train, held = holdout(rows, seed, val_frac)
-    chosen = balance(f"{src}: training side", train, task.labels, seed)
+    unlabelled = [r for r in train if r["answer"] is None]
+    chosen = training_rows(f"{src}: training side", train, task, how, seed)
+    if not train:
+        raise UserError(f"{src}: no row on the training side; expected more rows or a smaller --val_frac")
     chosen.sort(key=lambda r: unit_hash(f"shuffle:{seed}", row_key(r)))
 
-    files = {"sft": [], "kd": [], "dpo": []}
-    try:
-        probs = out_of_fold(chosen, task.labels, seed)
-    except UserError as e:  # free text has no fields: its teacher is another model
-        print(f"no KD rows: {e}")
-        (outdir / f"{task.name}_kd.jsonl").unlink(missing_ok=True)  # an earlier run's may be of another split
-        del files["kd"]
-    for i, r in enumerate(chosen):
-        prompt, label, group = task.prompt(r["question"]), r["answer"], {"group": group_hash(r["group"])}
-        rejected = hard_negative(r, task.labels, seed)
-        files["sft"].append({"input": prompt, "output": label, **group})
-        files["dpo"].append({"prompt": prompt, "chosen": label, "rejected": rejected, **group})
-        if "kd" in files:
-            teacher = {name: round(float(p), 6) for name, p in zip(task.labels, probs[i], strict=True)}
-            answer = {"teacher_output": task.labels[probs[i].argmax()], "teacher_probs": teacher}
-            files["kd"].append({"input": prompt, **answer, "output": label, **group})
-    paths = [outdir / f"{task.name}_{route}.jsonl" for route in files]
-    for path, content in zip(paths, files.values(), strict=True):
-        write_jsonl(path, content)
+    files = {"sft": sft_rows(chosen, task), "kd": kd_rows(chosen, unlabelled, task, seed)}
+    files["dpo"] = dpo_rows(chosen, task, seed)
+    paths = [outdir / f"{task.name}_{route}.jsonl" for route, content in files.items() if content]
+    for route, content in files.items():
+        path = outdir / f"{task.name}_{route}.jsonl"
+        write_jsonl(path, content) if content else path.unlink(missing_ok=True)  # an earlier run's has another split
 
     beside = outdir / f"{task.name}_task.json"  # where the trainers look for it
-    if not beside.is_file() or Task.load(beside) != task:
+    if not beside.is_file() or (known := Task.load(beside)) != task or known.columns != task.columns:
         task.save(beside)
-    sides = {"read": rows, "training": train, "written": chosen, "held_out": held}
+    sides = {"read": rows, "training": train, "written": chosen + unlabelled, "held_out": held}
     counts = {name: count(side, task.labels) for name, side in sides.items()}
     split = outdir / f"{task.name}_split.json"
-    record = {"source": Path(src).name, "source_sha256": file_sha256(src), "columns": columns}
+    record = {"source": Path(src).name, "source_sha256": file_sha256(src), "columns": columns, "balance": how}
     record |= {"seed": seed, "val_frac": val_frac, "dropped": dict(dropped), "counts": counts}
-    natural = class_shares(label_classes(src, train, "answer", task), len(task.labels))  # before balancing
+    labelled = [r for r in train if r["answer"]]
+    natural = class_shares(label_classes(src, labelled, "answer", task), len(task.labels))  # before balancing
     record["natural_shares"] = dict(zip(task.labels, natural, strict=True))
     write_json(split, record | {"files": {path.name: file_sha256(path) for path in paths}})
 
     print(f"{src}: {len(rows)} usable rows, {dropped.total()} dropped")
     for reason, n in dropped.most_common():
         print(f"  dropped {n}: {reason}")
-    print(pd.DataFrame(counts).T.to_string())
+    table = pd.DataFrame(counts)
+    print((table if len(task.labels) > 6 else table.T).to_string())
+    if len(chosen) < len(labelled):
+        print(f"balance: {len(chosen):,} of {len(labelled):,} rows kept, equally many of each class")
+    if unlabelled:
+        print(f"{len(unlabelled)} training rows have no label: they stand in the KD file, for a teacher to answer")
+    for label in task.labels:
+        if chosen and not counts["written"][label]:
+            print(f"no training row is {label!r}: nothing teaches this label")
+        if counts["read"][label] and held and not counts["held_out"][label]:
+            print(f"no held-out row is {label!r}: another --seed, a larger --val_frac or a test file would measure it")
     print("wrote " + ", ".join(map(str, [*paths, split])))
+    given = {"--data": src, "--task": task_path, "--columns": columns, "--balance": balance, "--seed": seed}
+    usual = {"--data": None, "--task": None, "--columns": "six", "--balance": None, "--seed": SEED}
+    given, usual = given | {"--val_frac": val_frac}, usual | {"--val_frac": VAL_FRAC}
+    flags = [str(word) for name, value in given.items() if value != usual[name] for word in (name, value)]
+    for command in next_commands(task.name, outdir, bool(chosen), flags):
+        print(command)
+
+
+def next_commands(name: str, outdir: Path, labelled: bool, flags: list[str]) -> list[str]:
+    """The commands after this one: train, evaluate. flags: of the evaluation, which reads the same rows."""
+    route = "sft" if labelled else "kd"
+    folder = f"runs/{name}_{route}"
+    teacher = [] if labelled else ["--teacher", "http://HOST/v1", "--teacher_model", "NAME"]
+    train = ["python", f"{route}_train.py", "--data", str(outdir / f"{name}_{route}.jsonl"), "--save_dir", folder]
+    evaluate = ["python", "eval_creditmix.py", "--model_dir", folder, *flags]
+    return [f"next: {shlex.join(train + teacher)}", f"      {shlex.join(evaluate)}"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rows of each route
+
+
+def sft_rows(chosen: list[dict], task: Task) -> list[dict]:
+    return [{"input": task.prompt(r["question"]), "output": r["answer"], **group_of(r)} for r in chosen]
+
+
+def dpo_rows(chosen: list[dict], task: Task, seed: int) -> list[dict]:
+    return [
+        {
+            "prompt": task.prompt(r["question"]),
+            "chosen": r["answer"],
+            "rejected": hard_negative(r, task.labels, seed),
+            **group_of(r),
+        }
+        for r in chosen
+    ]
+
+
+def kd_rows(chosen: list[dict], unlabelled: list[dict], task: Task, seed: int) -> list[dict]:
+    """Labelled rows with gradient boosting's answer, then those without a label and without an answer.
+
+    Free text has no fields for gradient boosting. Its labelled rows stand here only beside unlabelled ones, with their
+    own label as the answer; alone they would repeat the SFT file.
+    """
+    rows = [{"input": task.prompt(r["question"]), "output": r["answer"], **group_of(r)} for r in chosen]
+    try:
+        probs = out_of_fold(chosen, task.labels, seed) if chosen else []
+    except UserError as e:  # its teacher is another model
+        if not unlabelled:
+            print(f"no KD rows: {e}")
+            return []
+        rows = [{"teacher_output": r["output"], **r} for r in rows]
+    else:
+        for row, p in zip(rows, probs, strict=True):
+            row["teacher_output"] = task.labels[p.argmax()]
+            row["teacher_probs"] = {label: round(float(x), 6) for label, x in zip(task.labels, p, strict=True)}
+    return rows + [{"input": task.prompt(r["question"]), **group_of(r)} for r in unlabelled]
+
+
+def group_of(row: dict) -> dict[str, str]:
+    return {"group": group_hash(row["group"])}
 
 
 def count(rows: list[dict], labels: tuple) -> dict[str, int]:
     """How many rows and customers there are, and rows of each class."""
-    per_class = {label: sum(r["answer"] == label for r in rows) for label in labels}
-    return {"rows": len(rows), "customers": len({r["group"] for r in rows}), **per_class}
+    answers = Counter(r["answer"] for r in rows)
+    per_class = {label: answers[label] for label in labels}
+    unlabelled = {"without label": answers[None]} if answers[None] else {}
+    return {"rows": len(rows), "customers": len({r["group"] for r in rows}), **per_class, **unlabelled}
 
 
 def hard_negative(row: dict, labels: tuple, seed: int) -> str:
@@ -106,15 +207,26 @@ def hard_negative(row: dict, labels: tuple, seed: int) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--src", metavar="FILE", help="rows to prepare: JSON, JSONL or the Kaggle CSV (.csv, .csv.gz)")
+    what.add_argument("--src", metavar="FILE", help="rows to prepare: CSV, JSON or JSONL, .gz too")
     what.add_argument("--check", metavar="FILE", nargs="+", help="gradient boosting on each file's own split, 3 seeds")
     what.add_argument("--profile", metavar="CSV", help="write the CSV's aggregate figures, creditmix_profile.json")
     what.add_argument("--synthesize", metavar="CUSTOMERS", type=int, help="write the synthetic creditmix_dataset.json")
+    parser.add_argument("--task", help="labels, instruction and columns; default data/creditmix_task.json")
+    parser.add_argument("--init_task", action="store_true", help="write --task from the rows, if it is not there")
+    parser.add_argument("--text_column", metavar="NAME", help="column of the text, for --init_task")
+    parser.add_argument(
+        "--label_column", metavar="NAME", help="column of the label; empty cells are kept for a teacher"
+    )
+    parser.add_argument("--group_column", metavar="NAME", help="column whose rows of one value stay together")
     parser.add_argument("--outdir", default="data", help="folder of the files written; default data")
-    parser.add_argument("--columns", choices=["six", "all"], default="six", help="CSV fields in the text; default six")
+    parser.add_argument(
+        "--columns", choices=["six", "all"], default="six", help="fields of the Kaggle CSV; default six"
+    )
     parser.add_argument(
         "--seed", type=int, default=SEED, help="of split, balance, order and draws; default %(default)s"
     )
-    parser.add_argument("--val_frac", type=float, default=VAL_FRAC, help="customers held out; default %(default)s")
-    parser.add_argument("--task", default=TASK, help="labels and instruction; default data/creditmix_task.json")
+    parser.add_argument("--val_frac", type=float, default=VAL_FRAC, help="share held out; default %(default)s")
+    parser.add_argument(
+        "--balance", choices=BALANCE, help="rows of each class; default smallest for CreditMix, none elsewhere"
+    )
     cli(main, parser)

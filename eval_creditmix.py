@@ -3,17 +3,18 @@
     python eval_creditmix.py --model_dir Qwen/Qwen2.5-3B-Instruct runs/creditmix_sft runs/creditmix_kd \
         --data data/creditmix_dataset.json --val_per_class 1500
     python eval_creditmix.py --model_dir smollm2-135m runs/smollm2_sft --val_per_class 50  # CPU
+    python eval_creditmix.py --model_dir runs/my_sft --data my.csv --test my_test.csv --task my_task.json
 
-Held-out rows are those of the customers that creditmix_prepare.py kept apart (same file, same seed). A model that was
-trained on one of them is refused. Intervals resample customers, because the months of a customer are not independent.
+Held-out rows are those of the customers that creditmix_prepare.py kept apart (same file, same seed), or the rows of
+--test. A model that was trained on one of them is refused. Intervals resample customers, because the months of a
+customer are not independent. Where no held-out row has a label, --teacher gives them, and the figures are agreement
+with that teacher.
 """
 
 import argparse
 import json
 import os
 import re
-import sys
-from collections import Counter
 from dataclasses import asdict, replace
 from datetime import datetime
 from itertools import combinations
@@ -37,15 +38,35 @@ from common import (
 )
 from distill.calibrate import class_shares, class_weights, fit_and_save, with_bias
 from distill.evaluate import act_above, check_overlap, compare, metrics, overlap_record, trained_rows
-from distill.files import UserError, atomic_write, cli, file_sha256, positive, sha256, write_json, write_jsonl
+from distill.files import (
+    ROOT,
+    UserError,
+    atomic_write,
+    between,
+    cli,
+    file_sha256,
+    positive,
+    sha256,
+    write_json,
+    write_jsonl,
+)
 from distill.hardware import device
-from distill.model.hub import adapter_base, check_models
+from distill.model.hub import adapter_base, base_config, check_models
 from distill.report import draw, table
 from distill.run_record import run_record
-from distill.tasks.boosting import boost
-from distill.tasks.creditmix import balance, read_raw, rows_per_class, split_fields
-from distill.tasks.tfidf import tfidf_regression
+from distill.tasks.label_rows import (
+    BALANCE,
+    default_balance,
+    read_label_rows,
+    read_test_rows,
+    rows_per_class,
+    training_rows,
+)
+from distill.tasks.references import has_fields, references
+from distill.train.teacher_endpoint import Endpoint
+from distill.train.teachers import Teacher, check_teacher, teach
 
+TASK = ROOT / "data" / "creditmix_task.json"
 SCORER = 2  # raised when a change of the scorer changes scores: cached ones are then computed again
 DEV_ROWS = 1000  # to fit a calibration on
 
@@ -56,38 +77,51 @@ def main(args):
     out = args.out or Path("runs/reports") / datetime.now().strftime("%Y%m%d-%H%M%S")
     task = common_task(args.model_dir, args.task)
     bias = label_bias(args.label_bias, task)
+    endpoint = Endpoint(args.teacher, args.teacher_model) if args.teacher and "://" in args.teacher else None
+    teacher = Teacher(args.teacher, args.precision, endpoint) if args.teacher else None
 
-    # The rows: held out by customer, and what the models were trained on.
-    rows, dropped = read_raw(args.data, args.columns)
-    label_classes(args.data, rows, "answer", task)
+    # The rows: held out by customer or from a file of their own, and what the models were trained on.
+    rows, dropped = read_label_rows(args.data, task, args.columns)
     train, held = holdout(rows, args.seed, args.val_frac)
+    if args.test:
+        held, dropped = read_test_rows(args.test, task, args.columns, args.data, train, args.allow_overlap)
+    labels_from, held = with_labels(args.test or args.data, held, task, teacher, args.model_dir[0])
     held = rows_per_class(held, task, args.val_per_class, args.seed)
-    y = label_classes(args.data, held, "answer", task)
+    y = label_classes(args.test or args.data, held, "answer", task)
     groups = np.unique([r["group"] for r in held], return_inverse=True)[1]
     counts = ", ".join(f"{label} {(y == i).sum()}" for i, label in enumerate(task.labels))
     print(f"{len(held)} held-out rows of {groups.max(initial=-1) + 1} customers: {counts}")
-    if not held:
-        raise UserError(f"{args.data}: no held-out rows; expected more customers or a larger --val_frac")
-    balanced = balance(args.data, train, task.labels, args.seed)
-    dev = dev_rows(balanced, task, args.seed) if args.fit_calibration else []
+    absent = [label for i, label in enumerate(task.labels) if i not in y]
+    if absent:
+        print(f"no held-out row is {', '.join(absent)}: macro-F1 is the mean of the other classes")
+    side = f"{args.data}: training side"
+    trained_on = training_rows(side, train, task, args.balance or default_balance(task), args.seed)
+    train = [r for r in train if r["answer"]]
+    dev = dev_rows(trained_on, task, args.seed) if args.fit_calibration else []
     natural, trained = (
-        class_shares(label_classes(args.data, side, "answer", task), len(task.labels)) for side in (train, balanced)
+        class_shares(label_classes(args.data, side, "answer", task), len(task.labels)) for side in (train, trained_on)
     )
     Calibration(natural_shares=natural).for_prior(args.class_prior, task)  # an error, before a model is loaded
     weights = class_weights(y, natural)  # the held-out rows, weighted to the natural class mix
 
     # The models: a text task has no fields for gradient boosting, so the untrained base is a reference as well.
     names = args.model_dir
-    if not split_fields(rows[0]["question"]):
+    if not has_fields(rows):
         names = names + untrained_bases(names)
     check_models(names)
     prompts = [task.prompt(r["question"]) for r in held]
     overlap = {name: check_overlap(name, [[p] for p in prompts], args.allow_overlap) for name in names}
 
-    report = {"n": len(held), "seed": args.seed, **overlap_record(overlap), "rows_dropped": dict(dropped)}
+    report = {
+        "n": len(held),
+        "labels_from": labels_from,
+        "seed": args.seed,
+        **overlap_record(overlap),
+        "rows_dropped": dict(dropped),
+    }
     report |= {"class_prior": args.class_prior, "natural_shares": dict(zip(task.labels, natural, strict=True))}
     report |= {"references": {}, "natural_references": {}, "models": []}
-    for name, found in references(train, balanced, held, task).items():
+    for name, found in references(train, trained_on, held, task).items():
         report["references"][name] = report["natural_references"][name] = None
         if found is not None:
             shift = 0 if name == "majority" else np.log(natural) - np.log(trained)
@@ -123,6 +157,7 @@ def main(args):
         {"a": a, "b": b, **compare(right[a], right[b], groups)} for a, b in combinations(names, 2) if a != b
     ]
     report |= {"data": str(args.data), "data_sha256": file_sha256(args.data), **run_record(args)}
+    report |= {"test_sha256": file_sha256(args.test)} if args.test else {}
     text = table(report, task)
     print(text)
     write_json(out / "report.json", report)
@@ -136,22 +171,42 @@ def main(args):
 # Rows and flags
 
 
-def common_task(names: list[str], otherwise: Path) -> Task:
-    """The task of all models, from the file `otherwise` for those without task.json.
+def common_task(names: list[str], given: Path | None) -> Task:
+    """The task of all models; a model without task.json has the given one, by default CreditMix's.
 
-    Error: UserError where they differ.
+    The columns of the rows are those of the given file. Error: UserError where the models' tasks differ.
     """
-    tasks = [Task.of(name, otherwise) for name in names]
+    tasks = [Task.of(name, given or TASK) for name in names]
     for name, task in zip(names, tasks, strict=True):
         if task != tasks[0]:
             raise UserError(f"{name}: its task is not that of {names[0]}; expected the same labels and template")
-    return tasks[0]
+    return replace(tasks[0], columns=Task.load(given).columns) if given else tasks[0]
 
 
-def dev_rows(balanced: list[dict], task: Task, seed: int) -> list[dict]:
+def with_labels(path: Path, held: list[dict], task: Task, teacher: Teacher | None, model: str):
+    """(whose labels they are, the rows that have one). Where no row has a gold label, the teacher answers them all."""
+    gold = [r for r in held if r["answer"]]
+    if gold and len(gold) < len(held):
+        print(f"{len(held) - len(gold)} held-out rows have no label and are left out")
+    if gold:
+        return "gold", gold
+    if not held:
+        raise UserError(f"{path}: no held-out rows; expected more customers, a larger --val_frac, or --test FILE")
+    if not teacher:
+        raise UserError(f"{path}: no held-out row has a label; expected some, or --teacher to agree with")
+    check_teacher(teacher, model, task)
+    asked = [{"input": task.prompt(r["question"]), "row": r} for r in held]
+    adapter = (Path(model) / "adapter_config.json").is_file()
+    tokenizer = base_config(adapter_base(model) if adapter else model)[2]  # counts the tokens of the prompts
+    asked, _ = teach(teacher, asked, task, tokenizer, data=path, max_len=tokenizer.model_max_length, seed=SEED)
+    return teacher.name, [{**r["row"], "answer": r["teacher_output"]} for r in asked]
+
+
+def dev_rows(trained_on: list[dict], task: Task, seed: int) -> list[dict]:
     """The development rows of the trainers, as rows with input and output."""
     rows = [
-        {"input": task.prompt(r["question"]), "output": r["answer"], "group": group_hash(r["group"])} for r in balanced
+        {"input": task.prompt(r["question"]), "output": r["answer"], "group": group_hash(r["group"])}
+        for r in trained_on
     ]
     return dev_split(rows, seed, limit=DEV_ROWS)[1]
 
@@ -229,36 +284,27 @@ def fit_on(name: str, raw, prior, dev: list[dict], task: Task, trained, natural,
     return fit
 
 
-def references(train: list[dict], balanced: list[dict], held: list[dict], task: Task) -> dict:
-    """Scores [N, L] of what a model has to beat: the training side's majority class, and a classical classifier.
-
-    That is gradient boosting on the fields of a text, or TF-IDF with logistic regression where the text has none; the
-    other is None.
-    """
-    most = Counter(r["answer"] for r in train)
-    prior = np.array([max(most[label], 0.5) / len(train) for label in task.labels])
-    found = {"majority": np.log(np.tile(prior, (len(held), 1))), "gradient_boosting": None}
-    texts = [r["question"] for r in held]
-    try:
-        p = boost(balanced, task.labels).predict_proba(texts)
-        found["gradient_boosting"] = np.log(np.clip(p, 1e-9, 1))
-    except UserError as e:
-        print(f"no gradient boosting reference: {e}", file=sys.stderr)
-        p = tfidf_regression(balanced, task.labels, texts)
-        found["tfidf_logistic_regression"] = np.log(np.clip(p, 1e-9, 1))
-    return found
-
-
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model_dir", nargs="+", required=True, help="adapters, model folders or hub ids, in one table")
-    p.add_argument("--data", type=Path, default=Path("data/creditmix_dataset.json"), help="raw rows, or the Kaggle CSV")
-    p.add_argument("--task", type=Path, default=Path("data/creditmix_task.json"), help="for models without task.json")
+    p.add_argument(
+        "--data",
+        type=Path,
+        default=Path("data/creditmix_dataset.json"),
+        help="the rows that were prepared: CSV or JSON",
+    )
+    p.add_argument("--test", type=Path, help="rows of a file of their own, in place of those held out of --data")
+    p.add_argument("--task", type=Path, help="columns of the rows, and the task of models without task.json")
     p.add_argument("--val_per_class", type=positive(int), help="held-out rows a class; default: all held-out rows")
     p.add_argument(
-        "--val_frac", type=positive(float), default=VAL_FRAC, help="share of customers held out (default: %(default)s)"
+        "--val_frac", type=between(float, 0, 1), default=VAL_FRAC, help="share held out (default: %(default)s)"
     )
-    p.add_argument("--columns", choices=["six", "all"], default="six", help="CSV columns, as in creditmix_prepare.py")
+    p.add_argument("--balance", choices=BALANCE, help="of the training rows, as in creditmix_prepare.py")
+    p.add_argument("--teacher", help="model or http://host/v1 that labels held-out rows where none has a label")
+    p.add_argument("--teacher_model", help="the model's name at an http teacher; its key: OPENAI_API_KEY")
+    p.add_argument(
+        "--columns", choices=["six", "all"], default="six", help="of the Kaggle CSV, as in creditmix_prepare.py"
+    )
     p.add_argument("--seed", type=int, default=SEED, help="of the split, as in creditmix_prepare.py (default: 42)")
     p.add_argument("--fit_calibration", action="store_true", help="choose w, b, T on development rows and keep them")
     p.add_argument(

@@ -4,8 +4,8 @@
     python infer_creditmix.py --model_dir runs/smollm2_sft --input rows.jsonl --output out.jsonl
     generate_rows | python infer_creditmix.py --model_dir runs/smollm2_sft --input - --output -
 
-Input rows are {"question": features text, ...}. Each output row repeats its input row, with its id and whatever else it
-holds, and adds the answer.
+Input rows are CSV, JSON or JSONL with the task's text column; where its task file names none, {"question": text, ...}.
+Each output row repeats its input row, with its id and whatever else it holds, and adds the answer.
 """
 
 import argparse
@@ -14,20 +14,17 @@ import sys
 from pathlib import Path
 
 from common import Calibration, LabelScorer, Task, answers, load_model
-from distill.files import ROOT, FilledText, StrictModel, UserError, atomic_write, cli, read_rows, validate
-
-
-class FeaturesRow(StrictModel):
-    question: FilledText
+from distill.files import ROOT, UserError, atomic_write, cli
+from distill.tasks.label_rows import read_texts
 
 
 def main(args):
     if (args.features is None) == (args.input is None) or bool(args.input) != bool(args.output):
         raise UserError("expected either --features TEXT, or --input FILE with --output FILE")
-    rows = read_rows(args.input, FeaturesRow) if args.input else one_row(args.features)
     task = Task.of(args.model_dir, args.task)
+    rows, texts = read_texts(args.input, task) if args.input else ([{}], [features_text(args.features)])
     calibration = Calibration.load(args.model_dir, task).for_prior(args.class_prior, task)
-    found = classify(args.model_dir, task, calibration, [r["question"] for r in rows], args.precision)
+    found = classify(args.model_dir, task, calibration, texts, args.precision)
     if args.features is not None:
         print(json.dumps(found[0], indent=1, ensure_ascii=False))
         return
@@ -40,12 +37,11 @@ def main(args):
     print(f"{len(rows)} rows in {args.output}")
 
 
-def one_row(features: str) -> list[dict]:
-    """The row of --features. Error: UserError when it is empty or no text."""
-    if not features.strip():
+def features_text(text: str) -> str:
+    """The text of --features. Error: UserError where it is empty."""
+    if not text.strip():
         raise UserError("--features: the text is empty")
-    validate("--features", row := {"question": features}, FeaturesRow)
-    return [row]
+    return text
 
 
 def classify(model_dir: str, task: Task, calibration: Calibration, texts: list[str], precision: str) -> list[dict]:
@@ -63,7 +59,7 @@ if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model_dir", required=True, help="adapter folder, model folder, hub id or smollm2-135m")
     p.add_argument("--features", help="the features text of one row; the answer is printed as JSON")
-    p.add_argument("--input", type=Path, help="JSON or JSONL file of rows with a field question; - for standard input")
+    p.add_argument("--input", type=Path, help="CSV, JSON or JSONL file of rows with the text; - for standard input")
     p.add_argument("--output", type=Path, help="JSONL file of the answers, written whole at the end; - to print")
     p.add_argument("--task", type=Path, default=task_file, help="for a model without task.json")
     p.add_argument(

@@ -59,6 +59,7 @@ def metrics(
 
     weights: of the rows [N], to report another class mix than that of the rows; support and confusion are then sums
         of weights.
+    Macro-F1 is the mean over the classes that have rows.
     """
     from scipy.special import softmax
 
@@ -66,8 +67,9 @@ def metrics(
     matrix, counts = confusion(y, predicted, n_labels, weights), class_counts(y, predicted, n_labels)
     if weights is not None:
         counts = counts * weights[:, None, None]
-    accuracy, macro_f1 = accuracy_and_macro_f1(counts.sum(0)).tolist()
-    drawn = bootstrap(accuracy_and_macro_f1, counts, groups)
+    present = counts[:, np.bincount(y, minlength=n_labels) > 0]
+    accuracy, macro_f1 = accuracy_and_macro_f1(present.sum(0)).tolist()
+    drawn = bootstrap(accuracy_and_macro_f1, present, groups)
     rates = np.stack([*precision_recall_f1(counts.sum(0)), matrix.sum(1)], axis=1).tolist()
     names = ("precision", "recall", "f1", "support")
     return {

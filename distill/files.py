@@ -246,23 +246,25 @@ def read_rows(path: str | Path, model: type[StrictModel]) -> list[dict]:
 
     Errors: UserError naming file, line (or item of the list), field and what was expected.
     """
-    text = read_text(path)
+    rows = placed_rows(path, read_text(path))
+    for place, row in rows:
+        validate(place, row, model)
+    return [row for _, row in rows]
+
+
+def placed_rows(path: str | Path, text: str) -> list[tuple[str, object]]:
+    """[(place, row)] of the text of a JSON list or a JSONL file, unchecked. The place names file and line, or item."""
     if str(path).endswith(".json") or text.lstrip().startswith("["):
         rows = parse_json(text, path)
         if not isinstance(rows, list):
             raise UserError(f"{path}: expected a JSON list of rows, got {type(rows).__name__}")
-        places = [f"{path}: item {i}" for i in range(1, len(rows) + 1)]
+        placed = [(f"{path}: item {i}", row) for i, row in enumerate(rows, 1)]
     else:
-        rows, places = [], []
-        for i, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                rows.append(parse_json(line, path, i))
-                places.append(f"{path}:{i}")
-    if not rows:
+        lines = enumerate(text.split("\n"), 1)
+        placed = [(f"{path}:{i}", parse_json(line, path, i)) for i, line in lines if line.strip()]
+    if not placed:
         raise UserError(f"{path}: no rows")
-    for place, row in zip(places, rows, strict=True):
-        validate(place, row, model)
-    return rows
+    return placed
 
 
 def validate(place: str | Path, value: object, model: type[ModelT]) -> ModelT:
@@ -275,7 +277,7 @@ def validate(place: str | Path, value: object, model: type[ModelT]) -> ModelT:
         raise UserError(f"{place}: expected an object, got {type(value).__name__}")
     field, got = errors[0]["loc"][0], errors[0]["input"]
     if errors[0]["type"] == "missing":
-        required = sorted(name for name, info in model.model_fields.items() if info.is_required())
+        required = sorted(info.alias or name for name, info in model.model_fields.items() if info.is_required())
         raise UserError(f"{place}: field '{field}' is missing; expected {required}")
     # a union has one error for each of its types
     reasons = [

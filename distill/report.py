@@ -11,7 +11,11 @@ from distill.files import atomic_write
 
 def table(report: dict, task: Task) -> str:
     """The report as text: references first, then one line per model and kind of scores, then the natural class mix."""
-    lines = ["", header("scores", task.labels)]
+    lines, measure = [""], "accuracy"
+    if report["labels_from"] != "gold":
+        measure = "agreement"
+        lines.append(f"No held-out row has a gold label: this is agreement with the teacher {report['labels_from']}.")
+    lines.append(header("scores", task.labels, measure))
     lines += [line(name, "", m) for name, m in report["references"].items() if m]
     for e in report["models"]:
         for view in ("raw", "null", "fitted"):
@@ -21,7 +25,7 @@ def table(report: dict, task: Task) -> str:
     prior = report["class_prior"] or "as trained and fitted"
     mix = ", ".join(f"{label} {share:.2f}" for label, share in report["natural_shares"].items())
     lines += [f"class prior of the fitted scores: {prior}", "", f"The natural class mix ({mix}), by weighting rows:"]
-    lines += [header("prior", task.labels)]
+    lines += [header("prior", task.labels, measure)]
     lines += [line(name, "natural", m) for name, m in report["natural_references"].items() if m]
     for e in report["models"]:
         lines += [line(e["model_dir"], k.replace("_", " "), m) for k, m in e["natural_mix"].items()]
@@ -36,9 +40,9 @@ def table(report: dict, task: Task) -> str:
     return "\n".join(lines + overlap_lines(report))
 
 
-def header(column: str, labels: tuple) -> str:
+def header(column: str, labels: tuple, measure: str) -> str:
     first = (
-        f"{'model':34} {column:9} {'accuracy [95%]':22} {'macro-F1 [95%]':22} {'log-loss':>8} {'Brier':>6} {'ECE':>6}"
+        f"{'model':34} {column:9} {measure + ' [95%]':22} {'macro-F1 [95%]':22} {'log-loss':>8} {'Brier':>6} {'ECE':>6}"
     )
     return f"{first} {'at 5%':>6}  recall " + " / ".join(labels)
 
@@ -47,7 +51,7 @@ def line(name: str, view: str, m: dict) -> str:
     """One line of metrics; "at 5%" is the share of rows that can be decided with at most 5 % of them wrong."""
     cells = [f"{m[k]:.3f} [{m[k + '_ci95'][0]:.3f}, {m[k + '_ci95'][1]:.3f}]" for k in ("accuracy", "macro_f1")]
     numbers = f"{m['log_loss']:8.3f} {m['brier']:6.3f} {m['ece']:6.3f} {m['coverage_at_5_percent_error']:6.2f}"
-    recall = " / ".join(f"{c['recall']:.2f}" for c in m["per_class"].values())
+    recall = " / ".join(f"{c['recall']:.2f}" if c["support"] else "-" for c in m["per_class"].values())
     return f"{name[-34:]:34} {view:9} {cells[0]:22} {cells[1]:22} {numbers}  {recall}"
 
 

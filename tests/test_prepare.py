@@ -14,10 +14,10 @@ import pytest
 import creditmix_prepare as prepare
 from common import Task, holdout
 from distill.files import ROOT, UserError, file_sha256
-from distill.tasks import creditmix
 from distill.tasks.boosting import GradientBoosting, check_file, out_of_fold
 from distill.tasks.creditmix import SIX, parse_fields
 from distill.tasks.creditmix_twin import SLICES, shares, slice_means, synthesize, with_tails, write_profile
+from distill.tasks.label_rows import balance, read_label_rows
 
 TASK = Task.load(prepare.TASK)
 SHIPPED = ROOT / "data" / "creditmix_dataset.json"
@@ -81,6 +81,11 @@ def refused(monkeypatch, capsys):
     return check
 
 
+def read(path, columns="six"):
+    """CreditMix rows of a file, and the dropped ones."""
+    return read_label_rows(path, TASK, columns)
+
+
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -94,7 +99,7 @@ def write_csv(path, *months):
 
 @pytest.fixture(scope="module")
 def shipped():
-    return creditmix.read_raw(SHIPPED)[0]
+    return read(SHIPPED)[0]
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +128,7 @@ def test_no_customer_on_both_sides_of_the_shipped_file(shipped):
 
 def test_held_out_rows_are_in_no_file(small):
     src, out, _ = small
-    train, held = holdout(creditmix.read_raw(src)[0])
+    train, held = holdout(read(src)[0])
     training = {TASK.prompt(r["question"]) for r in train}
     held = {TASK.prompt(r["question"]) for r in held}
     for stage, field in (("sft", "input"), ("kd", "input"), ("dpo", "prompt")):
@@ -153,11 +158,11 @@ def test_balance_takes_a_row_of_every_customer_before_a_second_of_any():
         ]
 
     many, few = rows("Good", a=5, b=1, c=2), rows("Bad", d=2, e=2)
-    chosen = creditmix.balance("rows", many + few, ("Good", "Bad"), seed=1)
+    chosen = balance("rows", many + few, ("Good", "Bad"), seed=1)
     customers = Counter(r["group"] for r in chosen)
     assert sum(customers[g] for g in "abc") == sum(customers[g] for g in "de") == 4
     assert customers["b"] == 1 and sorted((customers["a"], customers["c"])) == [1, 2]
-    assert Counter(r["group"] for r in creditmix.balance("rows", many + few, ("Good", "Bad"), 1, n=3))["a"] == 1
+    assert Counter(r["group"] for r in balance("rows", many + few, ("Good", "Bad"), 1, n=3))["a"] == 1
 
 
 def test_rejected_labels_prefer_the_neighbouring_class(small):
@@ -186,10 +191,10 @@ def test_split_file_says_what_was_done(small):
 
 def test_same_seed_same_bytes_another_seed_another_split(small, tmp_path):
     src, out, _ = small
-    prepare.prepare(src, tmp_path / "same", "six", 42, 0.35, TASK)
+    prepare.prepare(src, tmp_path / "same", TASK)
     for path in out.iterdir():
         assert path.read_bytes() == (tmp_path / "same" / path.name).read_bytes()
-    prepare.prepare(src, tmp_path / "other", "six", 7, 0.35, TASK)
+    prepare.prepare(src, tmp_path / "other", TASK, seed=7)
     assert (out / "creditmix_sft.jsonl").read_bytes() != (tmp_path / "other" / "creditmix_sft.jsonl").read_bytes()
 
 
@@ -197,7 +202,7 @@ def test_rows_without_group_are_one_customer_by_income_and_debt(tmp_path):
     path = tmp_path / "rows.jsonl"
     texts = [TEXT, TEXT.replace("35.03", "31.00"), TEXT.replace("809.98", "809.99"), "free text"]
     path.write_text("".join(json.dumps({"question": t, "answer": "Good"}) + "\n" for t in texts))
-    groups = [r["group"] for r in creditmix.read_raw(path)[0]]
+    groups = [r["group"] for r in read(path)[0]]
     assert groups[0] == groups[1] != groups[2]
     assert groups[3] == "free text"
 
@@ -219,7 +224,7 @@ def test_another_task_of_free_text_has_no_boosting_teacher(tmp_path):
 
 
 def test_csv_text_is_exact(tmp_path):
-    rows, dropped = creditmix.read_raw(write_csv(tmp_path / "a.csv", {}))
+    rows, dropped = read(write_csv(tmp_path / "a.csv", {}))
     assert rows == [{"question": TEXT, "answer": "Good", "group": "CUS_1"}]
     assert not dropped
 
@@ -227,7 +232,7 @@ def test_csv_text_is_exact(tmp_path):
 def test_csv_may_be_gzipped(tmp_path):
     plain = write_csv(tmp_path / "a.csv", {})
     (tmp_path / "a.csv.gz").write_bytes(gzip.compress(plain.read_bytes()))
-    assert creditmix.read_raw(tmp_path / "a.csv.gz") == creditmix.read_raw(plain)
+    assert read(tmp_path / "a.csv.gz") == read(plain)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +262,7 @@ def test_dirt_is_repaired_from_the_customers_other_months(tmp_path, column, dirt
         "Occupation": "Doctor",
         "Credit_Mix": "Bad",
     }
-    rows, dropped = creditmix.read_raw(write_csv(tmp_path / "a.csv", stranger, {}, {column: dirt}, {}))
+    rows, dropped = read(write_csv(tmp_path / "a.csv", stranger, {}, {column: dirt}, {}))
     assert not dropped
     assert rows[2] == rows[1] == rows[3] == {"question": TEXT, "answer": "Good", "group": "CUS_1"}
 
@@ -266,12 +271,12 @@ def test_a_column_that_the_source_has_cleaned_stands_for_the_raw_one(tmp_path):
     path = write_csv(tmp_path / "a.csv", {"Age": "-500", "Credit_Mix": "_"})
     head, month = path.read_text().splitlines()
     path.write_text(f"{head},Age_clean,Credit_Mix_clean\n{month},23,Good\n")
-    (row,), dropped = creditmix.read_raw(path)
+    (row,), dropped = read(path)
     assert (row["question"], row["answer"], dropped.total()) == (TEXT, "Good", 0)
 
 
 def test_a_birthday_is_kept(tmp_path):
-    rows, _ = creditmix.read_raw(write_csv(tmp_path / "a.csv", {}, {}, {"Age": "24"}))
+    rows, _ = read(write_csv(tmp_path / "a.csv", {}, {}, {"Age": "24"}))
     assert [r["question"][:9] for r in rows] == ["Age: 23.0", "Age: 23.0", "Age: 24.0"]
 
 
@@ -289,7 +294,7 @@ def test_what_cannot_be_repaired_is_dropped_and_counted(tmp_path):
     months = [{"Customer_ID": f"CUS_{i}", **m} for i, m in enumerate(alone)]
     # payment behaviour changes by the month, so other months do not tell it
     months += [{"Customer_ID": "CUS_9"}, {"Customer_ID": "CUS_9", "Payment_Behaviour": "!@9#%8"}, {"Customer_ID": ""}]
-    rows, dropped = creditmix.read_raw(write_csv(tmp_path / "a.csv", *months))
+    rows, dropped = read(write_csv(tmp_path / "a.csv", *months))
     assert [r["group"] for r in rows] == ["CUS_9"]
     never = "in any month of the customer"
     assert dropped == {
@@ -306,7 +311,7 @@ def test_what_cannot_be_repaired_is_dropped_and_counted(tmp_path):
 
 def test_all_columns_follow_in_the_same_style(tmp_path):
     dirty = {"Num_Bank_Accounts": "1798", "Amount_invested_monthly": "__10000__", "Payment_of_Min_Amount": "NM"}
-    rows, _ = creditmix.read_raw(write_csv(tmp_path / "a.csv", {}, {**dirty, "Credit_History_Age": "NA"}), "all")
+    rows, _ = read(write_csv(tmp_path / "a.csv", {}, {**dirty, "Credit_History_Age": "NA"}), "all")
     rest = (
         ", Monthly Inhand Salary: 1824.84, Num Bank Accounts: 3, Num Credit Card: 4, Interest Rate: 3, Num of Loan: 4, "
         "Delay from due date: 3, Num of Delayed Payment: 7, Changed Credit Limit: 11.27, Num Credit Inquiries: 4, "
@@ -314,9 +319,7 @@ def test_all_columns_follow_in_the_same_style(tmp_path):
         "Monthly Balance: 312.49, Payment of Min Amount: "
     )
     assert [r["question"] for r in rows] == [TEXT + rest + "No", TEXT + rest + "N/A"]
-    (row,), _ = creditmix.read_raw(
-        write_csv(tmp_path / "b.csv", {"Monthly_Balance": "-333333333333333333333333333"}), "all"
-    )
+    (row,), _ = read(write_csv(tmp_path / "b.csv", {"Monthly_Balance": "-333333333333333333333333333"}), "all")
     assert "Monthly Balance: N/A" in row["question"]
 
 
@@ -439,7 +442,7 @@ BAD_FILES = {
     "empty.json": ("", "empty.json: the file is empty"),
     "empty.csv": ("", "empty.csv: not a CSV file"),
     "broken.jsonl": (GOOD + '\n{"question": \n', "broken.jsonl:2: not JSON"),
-    "field.jsonl": (GOOD + '\n{"question": "Age: 1"}\n', "field.jsonl:2: field 'answer' is missing"),
+    "field.jsonl": (GOOD + '\n{"answer": "Good"}\n', "field.jsonl:2: field 'question' is missing"),
     "type.jsonl": (
         '{"question": 3, "answer": "Good"}\n',
         "type.jsonl:1: field 'question': expected a valid string, got 3",

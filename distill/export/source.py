@@ -12,10 +12,10 @@ from distill.evaluate import trained_rows
 from distill.files import ROOT, FilledText, StrictModel, UserError, read_json, read_rows
 from distill.model.hub import adapter_sha256, base_config, base_record, check_adapter
 from distill.tasks.codegen_tasks import code_prompt
-from distill.tasks.creditmix import read_raw
 from distill.tasks.idp_corpus import DocumentRow
 from distill.tasks.idp_documents import idp_prompt
 from distill.tasks.idp_schema import check_schema
+from distill.tasks.label_rows import read_label_rows
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Source:
             shipped = ROOT / "data" / f"{self.task.name}_dataset.json"
             if not shipped.is_file():
                 return self.task.null_prompts(), "the task's content-free inputs; --data takes real rows"
-            rows = holdout(read_raw(shipped)[0])[1]
+            rows = holdout(read_label_rows(shipped, self.task)[0])[1]
             return [self.task.prompt(row["question"]) for row in rows], f"held-out rows of data/{shipped.name}"
         if self.schema:
             rows = read_rows(ROOT / "data" / "idp_corpus.jsonl", DocumentRow)

@@ -10,7 +10,8 @@ from sklearn.preprocessing import OrdinalEncoder
 
 from common import SEED, Task, holdout, label_classes, unit_hash
 from distill.files import UserError
-from distill.tasks.creditmix import balance, parse_fields, read_raw
+from distill.tasks.creditmix import parse_fields
+from distill.tasks.label_rows import balance, read_label_rows
 
 
 class GradientBoosting:
@@ -78,8 +79,7 @@ def out_of_fold(rows: list[dict], labels: tuple, seed: int = SEED, folds: int = 
 
 def check_file(path: str | Path, columns: str, seed: int, val_frac: float, task: Task) -> None:
     """Print what gradient boosting reaches on a file's own split: three seeds, at most 1,500 held-out rows a class."""
-    rows, _ = read_raw(path, columns)
-    label_classes(path, rows, "answer", task)
+    rows = [r for r in read_label_rows(path, task, columns)[0] if r["answer"]]
     figures = []
     for s in range(seed, seed + 3):
         train, held = holdout(rows, s, val_frac)

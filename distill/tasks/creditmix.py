@@ -1,4 +1,4 @@
-"""CreditMix rows: the features text, the public CSV with its dirt, and balanced classes."""
+"""CreditMix rows: the features text, and the public CSV with its dirt."""
 
 import gzip
 import re
@@ -6,12 +6,11 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
-from common import Task, unit_hash
-from distill.files import FilledText, StrictModel, Text, UserError, read_rows
+from distill.files import UserError
 
+NAME = "creditmix"  # of the task
 SIX = ["Age", "Occupation", "Annual Income", "Outstanding Debt", "Credit Utilization Ratio", "Payment Behaviour"]
 
 
@@ -80,29 +79,11 @@ EXTRA = {
 }
 
 
-class LabelledRow(StrictModel):
-    question: FilledText
-    answer: FilledText
-    group: Text | None = None
-
-
-def read_raw(path: str | Path, columns: str = "six") -> tuple[list[dict], Counter]:
-    """Rows {"question": features text, "answer": label, "group": customer} of a source, and a Counter of dropped rows.
-
-    path: JSON or JSONL in that form ("group" optional), or the public credit-score CSV (.csv, .csv.gz).
-    columns: "six" fields in the text, or "all" the CSV's informative ones.
-    """
-    if str(path).endswith((".csv", ".csv.gz")):
-        return read_csv(path, columns)
-    if columns != "six":
-        raise UserError(f"{path}: --columns {columns}: expected the CSV; the texts of this file are as they are")
-    rows = read_rows(path, LabelledRow)
-    return [{**r, "group": r.get("group") or customer(r["question"])} for r in rows], Counter()
-
-
 def read_csv(path: str | Path, columns: str = "six") -> tuple[list[dict], Counter]:
-    """The public CSV as downloaded -> rows and dropped as read_raw.
+    """The public CSV as downloaded (.csv, .csv.gz) -> its usable rows, and a Counter of the dropped ones.
 
+    Rows are {"question": features text, "answer": label, "group": customer}.
+    columns: "six" fields in the text, or "all" the informative ones.
     Where the file has a column NAME_clean, as some copies of the data do, it stands for NAME. What is constant for a
     customer is repaired where it is missing, impossible or far from the customer's usual value; a row that still
     lacks its label or one of the six fields is dropped.
@@ -167,45 +148,3 @@ def usual(values: pd.Series, who: pd.Series) -> pd.Series:
     counts = pd.DataFrame({"who": who, "value": values}).value_counts().reset_index()
     counts = counts.sort_values(["count", "value"], ascending=[False, True]).drop_duplicates("who")
     return who.map(counts.set_index("who")["value"])
-
-
-def row_key(row: dict) -> str:
-    return f"{row['group']}:{row['question']}"
-
-
-def balance(place: str | Path, rows: list[dict], labels: tuple, seed: int, n: int | None = None) -> list[dict]:
-    """`n` rows of each class, by default as many as the smallest class has.
-
-    One row of every customer comes first, then a second of each, and so on: a customer's months are near copies, so
-    more customers teach more than more months. A hash of seed and row orders the rows of a customer.
-    Errors: UserError beginning with `place`, naming a class with fewer than n rows, or with none.
-    """
-    by_class = {label: [r for r in rows if r["answer"] == label] for label in labels}
-    smallest = min(labels, key=lambda label: len(by_class[label]))
-    have = len(by_class[smallest])
-    if have < (n or 1):
-        raise UserError(f"{place}: class {smallest!r} has {have} rows; expected at least {n or 1}")
-    for same in by_class.values():
-        same.sort(key=lambda r: unit_hash(f"balance:{seed}", row_key(r)))
-        seen, turns = Counter(), []
-        for r in same:
-            seen[r["group"]] += 1
-            turns.append(seen[r["group"]])
-        same[:] = [same[i] for i in np.argsort(turns, kind="stable")]
-    return [r for label in labels for r in by_class[label][: n or have]]
-
-
-def rows_per_class(held: list[dict], task: Task, per_class: int | None, seed: int) -> list[dict]:
-    """per_class rows of each class, the same ones for the same seed; all rows when per_class is None.
-
-    Errors: UserError naming a class with fewer rows.
-    """
-    if per_class is None:
-        return held
-    out = []
-    for label in task.labels:
-        rows = sorted((r for r in held if r["answer"] == label), key=lambda r: unit_hash(seed, r["question"]))
-        if len(rows) < per_class:
-            raise UserError(f"--val_per_class {per_class}: class {label!r} has only {len(rows)} held-out rows")
-        out += rows[:per_class]
-    return out

@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm
 
-from common import Task, label_classes
+from common import Task
 from distill.files import ROOT, UserError, atomic_write, read_json, write_json
-from distill.tasks.creditmix import PLAUSIBLE, SIX, features_text, parse_fields, read_raw
+from distill.tasks.creditmix import PLAUSIBLE, SIX, features_text, parse_fields
+from distill.tasks.label_rows import read_label_rows
 
 PROFILE = ROOT / "data" / "creditmix_profile.json"
 NUMBERS = ["Age", "Annual Income", "Outstanding Debt", "Credit Utilization Ratio"]
@@ -31,8 +32,7 @@ def write_profile(src: str | Path, outdir: str | Path, task: Task) -> None:
 
     Error: UserError where a figure would rest on fewer than FEWEST customers.
     """
-    rows, _ = read_raw(src)
-    label_classes(src, rows, "answer", task)
+    rows = [r for r in read_label_rows(src, task)[0] if r["answer"]]
     d = pd.DataFrame([{**parse_fields(r["question"]), "label": r["answer"], "group": r["group"]} for r in rows])
     classes = {}
     for label, own in d.groupby("label"):

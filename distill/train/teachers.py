@@ -237,7 +237,7 @@ def open_answers(
     prompt_tokens = {prompt: n for prompt, n in zip(prompts, lengths, strict=True) if n < max_len}
     settings = [teacher.identity(), LABEL_TOKENS if task else max_len]
     if teacher.endpoint and teacher.endpoint.api != "chat":
-        settings += [teacher.endpoint.api, asdict(task)]
+        settings += [teacher.endpoint.api, {k: v for k, v in asdict(task).items() if k != "columns"}]
     answers = StoredAnswers(cache_folder(data) / f"answers-{sha256(json.dumps(settings))[:16]}.jsonl")
     todo = {prompt: n for prompt, n in prompt_tokens.items() if prompt not in answers.of}
     print(f"{teacher.name}: {len(prompt_tokens)} prompts need an answer, {len(todo)} of them are not in {answers.path}")
