@@ -84,7 +84,7 @@ def prepare(
     outdir, how = Path(outdir), balance or default_balance(task)
     rows, dropped = read_label_rows(src, task, columns)
     train, held = holdout(rows, seed, val_frac)
-    unlabelled = [r for r in train if r["answer"] is None]
+    labelled, unlabelled = [r for r in train if r["answer"]], [r for r in train if not r["answer"]]
     chosen = training_rows(f"{src}: training side", train, task, how, seed)
     if not train:
         raise UserError(f"{src}: no row on the training side; expected more rows or a smaller --val_frac")
@@ -92,49 +92,73 @@ def prepare(
 
     files = {"sft": sft_rows(chosen, task), "kd": kd_rows(chosen, unlabelled, task, seed)}
     files["dpo"] = dpo_rows(chosen, task, seed)
-    paths = [outdir / f"{task.name}_{route}.jsonl" for route, content in files.items() if content]
+    paths = []
     for route, content in files.items():
         path = outdir / f"{task.name}_{route}.jsonl"
-        write_jsonl(path, content) if content else path.unlink(missing_ok=True)  # an earlier run's has another split
-
+        if content:
+            write_jsonl(path, content)
+            paths.append(path)
+        else:
+            path.unlink(missing_ok=True)  # an earlier run's may be of another split
     beside = outdir / f"{task.name}_task.json"  # where the trainers look for it
     if not beside.is_file() or (known := Task.load(beside)) != task or known.columns != task.columns:
         task.save(beside)
+
     sides = {"read": rows, "training": train, "written": chosen + unlabelled, "held_out": held}
     counts = {name: count(side, task.labels) for name, side in sides.items()}
-    split = outdir / f"{task.name}_split.json"
+    natural = class_shares(label_classes(src, labelled, "answer", task), len(task.labels))  # before balancing
     record = {"source": Path(src).name, "source_sha256": file_sha256(src), "columns": columns, "balance": how}
     record |= {"seed": seed, "val_frac": val_frac, "dropped": dict(dropped), "counts": counts}
-    labelled = [r for r in train if r["answer"]]
-    natural = class_shares(label_classes(src, labelled, "answer", task), len(task.labels))  # before balancing
-    record["natural_shares"] = dict(zip(task.labels, natural, strict=True))
+    record |= {"natural_shares": dict(zip(task.labels, natural, strict=True))}
+    record["evaluate"] = evaluation_flags(src, task_path, columns, balance, seed, val_frac)
+    split = outdir / f"{task.name}_split.json"
     write_json(split, record | {"files": {path.name: file_sha256(path) for path in paths}})
 
     print(f"{src}: {len(rows)} usable rows, {dropped.total()} dropped")
     for reason, n in dropped.most_common():
         print(f"  dropped {n}: {reason}")
-    table = pd.DataFrame(counts)
-    print((table if len(task.labels) > 6 else table.T).to_string())
+    print_counts(counts, task.labels)
     if len(chosen) < len(labelled):
         print(f"balance: {len(chosen):,} of {len(labelled):,} rows kept, equally many of each class")
     if unlabelled:
         print(f"{len(unlabelled)} training rows have no label: they stand in the KD file, for a teacher to answer")
-    for label in task.labels:
-        if chosen and not counts["written"][label]:
-            print(f"no training row is {label!r}: nothing teaches this label")
-        if counts["read"][label] and held and not counts["held_out"][label]:
-            print(f"no held-out row is {label!r}: another --seed, a larger --val_frac or a test file would measure it")
     print("wrote " + ", ".join(map(str, [*paths, split])))
-    given = {"--data": src, "--task": task_path, "--columns": columns, "--balance": balance, "--seed": seed}
-    usual = {"--data": None, "--task": None, "--columns": "six", "--balance": None, "--seed": SEED}
-    given, usual = given | {"--val_frac": val_frac}, usual | {"--val_frac": VAL_FRAC}
-    flags = [str(word) for name, value in given.items() if value != usual[name] for word in (name, value)]
-    for command in next_commands(task.name, outdir, bool(chosen), flags):
+    for command in next_commands(task.name, outdir, bool(chosen), record["evaluate"]):
         print(command)
 
 
+def count(rows: list[dict], labels: tuple) -> dict[str, int]:
+    """How many rows and customers there are, and rows of each class."""
+    answers = Counter(r["answer"] for r in rows)
+    per_class = {label: answers[label] for label in labels}
+    unlabelled = {"without label": answers[None]} if answers[None] else {}
+    return {"rows": len(rows), "customers": len({r["group"] for r in rows}), **per_class, **unlabelled}
+
+
+def print_counts(counts: dict[str, dict], labels: tuple) -> None:
+    """Print {side: `count` of its rows} as a table, and the classes that a side does not have."""
+    table = pd.DataFrame(counts).fillna(0).astype(int)
+    print((table if len(labels) > 6 else table.T).to_string())
+    for label in labels if any(counts["written"][label] for label in labels) else ():
+        if not counts["written"][label]:
+            print(f"no training row is {label!r}: nothing teaches this label")
+        elif counts["held_out"]["rows"] and not counts["held_out"][label]:
+            print(f"no held-out row is {label!r}: a larger --val_frac or a test file of its own would measure it")
+
+
+def evaluation_flags(src, task_path, columns: str, balance: str | None, seed: int, val_frac: float) -> list[str]:
+    """The flags with which eval_creditmix.py reads the same rows and splits them in the same way."""
+    flags = ["--data", src]
+    flags += ["--task", task_path] if task_path else []
+    flags += ["--columns", columns] if columns != "six" else []
+    flags += ["--balance", balance] if balance else []
+    flags += ["--seed", seed] if seed != SEED else []
+    flags += ["--val_frac", val_frac] if val_frac != VAL_FRAC else []
+    return [str(flag) for flag in flags]
+
+
 def next_commands(name: str, outdir: Path, labelled: bool, flags: list[str]) -> list[str]:
-    """The commands after this one: train, evaluate. flags: of the evaluation, which reads the same rows."""
+    """The commands after this one: train, evaluate. flags: `evaluation_flags`."""
     route = "sft" if labelled else "kd"
     folder = f"runs/{name}_{route}"
     teacher = [] if labelled else ["--teacher", "http://HOST/v1", "--teacher_model", "NAME"]
@@ -186,14 +210,6 @@ def kd_rows(chosen: list[dict], unlabelled: list[dict], task: Task, seed: int) -
 
 def group_of(row: dict) -> dict[str, str]:
     return {"group": group_hash(row["group"])}
-
-
-def count(rows: list[dict], labels: tuple) -> dict[str, int]:
-    """How many rows and customers there are, and rows of each class."""
-    answers = Counter(r["answer"] for r in rows)
-    per_class = {label: answers[label] for label in labels}
-    unlabelled = {"without label": answers[None]} if answers[None] else {}
-    return {"rows": len(rows), "customers": len({r["group"] for r in rows}), **per_class, **unlabelled}
 
 
 def hard_negative(row: dict, labels: tuple, seed: int) -> str:

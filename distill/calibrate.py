@@ -119,15 +119,17 @@ def class_shares(classes: Sequence[int], n_labels: int) -> tuple[float, ...]:
     return tuple((counts / counts.sum()).tolist())
 
 
-def natural_shares(data: str | Path, data_sha256: str, task: Task) -> tuple[float, ...]:
-    """Class mix before balancing, as creditmix_prepare.py recorded it for the training rows; () where it is not known.
+def split_record(data: str | Path, data_sha256: str, task: Task) -> dict:
+    """What creditmix_prepare.py recorded of the training rows `data` in NAME_split.json beside them; {} if it did not.
 
-    It stands in NAME_split.json beside NAME_sft.jsonl, and holds for the files whose hashes are listed there.
+    The record holds for the files whose hashes are listed there.
     """
     path = Path(data).with_name(f"{task.name}_split.json")
-    if not path.is_file():
-        return ()
-    split = read_json(path)
-    if split.get("files", {}).get(Path(data).name) != data_sha256 or "natural_shares" not in split:
-        return ()
-    return shares_of(f"{path}: field 'natural_shares'", split["natural_shares"], task)
+    split = read_json(path) if path.is_file() else {}
+    return split if split.get("files", {}).get(Path(data).name) == data_sha256 else {}
+
+
+def natural_shares(split: dict, task: Task) -> tuple[float, ...]:
+    """Class mix before balancing, by `split_record`; () where it is not known."""
+    known = split.get("natural_shares")
+    return shares_of(f"{task.name}_split.json: field 'natural_shares'", known, task) if known else ()

@@ -14,6 +14,7 @@ from distill.calibrate import (
     fit_and_save,
     fit_calibration,
     natural_shares,
+    split_record,
     with_bias,
 )
 from distill.files import UserError, file_sha256
@@ -124,9 +125,9 @@ def test_weights_and_shares_by_hand():
 def test_natural_shares_hold_for_the_files_of_their_split(tmp_path, task):
     data = tmp_path / "creditmix_kd.jsonl"
     data.write_text("{}\n")
-    assert natural_shares(data, file_sha256(data), task) == ()
+    assert natural_shares(split_record(data, file_sha256(data), task), task) == ()
     split = {"natural_shares": {"Bad": 0.2, "Good": 0.3, "Standard": 0.5}, "files": {data.name: file_sha256(data)}}
     (tmp_path / "creditmix_split.json").write_text(json.dumps(split))
-    assert natural_shares(data, file_sha256(data), task) == pytest.approx((0.3, 0.5, 0.2))
+    assert natural_shares(split_record(data, file_sha256(data), task), task) == pytest.approx((0.3, 0.5, 0.2))
     data.write_text("{}\n{}\n")  # other rows, of which the split file does not speak
-    assert natural_shares(data, file_sha256(data), task) == ()
+    assert natural_shares(split_record(data, file_sha256(data), task), task) == ()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import Task, label_classes, prompt_of
-from distill.calibrate import class_shares, fit_and_save, natural_shares
+from distill.calibrate import class_shares, fit_and_save, natural_shares, split_record
 from distill.files import StrictModel, UserError, atomic_write, file_sha256, read_json, validate, write_json
 from distill.model.hub import adapter_sha256
 from distill.run_record import run_record
@@ -214,7 +214,8 @@ def finish_run(
         raw, prior, y = scores
         gold = [{"answer": row.get("output") or row["answer"]} for row in train_rows]  # a teacher may say otherwise
         shares = class_shares(label_classes("training rows", gold, "answer", task), len(task.labels))
-        natural = natural_shares(run.data, run.identity["data_sha256"], task)
+        split = split_record(run.data, run.identity["data_sha256"], task)
+        natural = natural_shares(split, task)
         groups = [row.get("group") or prompt_of(row) for row in dev_rows]
         fit, _ = fit_and_save(folder, task, raw, prior, y, groups, shares, natural)
         record["dev"] = {"rows": len(y), "accuracy": float((fit(raw, prior).argmax(1) == y).mean())}
@@ -226,9 +227,10 @@ def finish_run(
     peak = f", peak {record['peak_gib']} GiB" if record["peak_gib"] else ""
     print(f"adapter in {folder}: {record['samples_per_s']} samples/s, {record['seconds']} s{peak}")
     if "dev" in record:
-        print(
-            f"development accuracy {record['dev']['accuracy']:.3f}; next: python eval_creditmix.py --model_dir {folder}"
-        )
+        taught = any("teacher_output" in row and not row.get("output") for row in dev_rows)
+        measure = "agreement with the teacher" if taught else "accuracy"
+        command = shlex.join(["python", "eval_creditmix.py", "--model_dir", str(folder), *split.get("evaluate", [])])
+        print(f"development {measure} {record['dev']['accuracy']:.3f}; next: {command}")
 
 
 def draw_curve(history: list[dict], path: Path) -> None:
