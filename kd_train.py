@@ -9,13 +9,16 @@ teacher_output: a model (scored as in inference for a label task, greedy text el
 fields, or an OpenAI-compatible endpoint, which gives text or label probabilities (--teacher_api), at once or by the
 Batch API (--batch_out, --batch_in), up to --max_cost. With a model as the teacher of free text, the loss is on its
 distribution over every token of the answers: the top-k log-probs are kept on disk, so the two never share the memory.
+With --on_policy that loss is on answers of the student, written anew in each round (distill/train/on_policy.py).
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from common import Task, label_classes, label_trie
 from distill.files import UserError, between, cli, positive
+from distill.hardware import cap_memory
 from distill.model.hub import base_config
 from distill.train.arguments import add_arguments, choose_settings, training_arguments
 from distill.train.data import KDRow, dataset, describe, encode, find_task_file, read_training_rows, split_rows
@@ -29,6 +32,7 @@ from distill.train.teachers import (
     Teacher,
     add_teacher_arguments,
     cache_folder,
+    check_on_policy,
     check_teacher,
     learns_token_distribution,
     teach,
@@ -48,6 +52,8 @@ def main(args):
         check_teacher(teacher, args.student, task)
     if (args.batch_out or args.batch_in) and not (teacher and teacher.endpoint):
         raise UserError("--batch_out, --batch_in: expected --teacher http://host/v1, whose requests they hold")
+    if args.on_policy:
+        check_on_policy(teacher, task, args.alpha)
     base = base_config(args.student)
     _, config, tokenizer = base
     args.lr, args.batch_size, args.epochs, args.max_steps = choose_settings(
@@ -66,6 +72,43 @@ def main(args):
         overwrite=args.overwrite,
         inputs={"task": task_path, "teacher": args.teacher},
     )
+    plan = partial(
+        plan_micro_batch,
+        student=args.student,
+        config=config,
+        precision=args.precision,
+        batch_size=args.batch_size,
+        micro_batch=args.micro_batch,
+        lora_r=args.lora_r,
+        max_vram_gb=args.max_vram_gb,
+    )
+    arguments = partial(
+        training_arguments, args.save_dir, batch_size=args.batch_size, learning_rate=args.lr, seed=args.seed
+    )
+    softened = {"temperature": args.temperature, "alpha": args.alpha}
+    cap_memory(args.max_vram_gb)  # the teacher's too
+    if args.on_policy:
+        from distill.train.on_policy import train_on_policy
+
+        return train_on_policy(
+            run,
+            teacher,
+            rows,
+            base,
+            rounds=args.on_policy,
+            epochs=args.epochs,
+            max_steps=args.max_steps,
+            batch_size=args.batch_size,
+            dev_rows=args.dev_rows,
+            max_len=args.max_len,
+            precision=args.precision,
+            lora_r=args.lora_r,
+            top_k=args.top_k,
+            seed=args.seed,
+            loss=partial(token_loss, **softened),
+            plan=plan,
+            arguments=arguments,
+        )
     taught = {"rows_untaught": {}}
     if teacher:
         rows, taught = teach(teacher, rows, task, tokenizer, **limits, seed=args.seed, batch_in=args.batch_in)
@@ -81,26 +124,19 @@ def main(args):
     record = describe(tokenizer, train, dropped, dropped_dev) | taught | {"teacher": args.teacher}
     top_k = None
     if learns_token_distribution(teacher, task):
-        top_k = TopK(teacher, args.student, tokenizer, train + dev, args.top_k, cache_folder(args.data))
+        top_k = TopK(teacher, args.student, train + dev, args.top_k, cache_folder(args.data))
         record["teacher_tokens"] = top_k.record
 
     # The student; the teacher has left the memory. start_run is the first to write into the folder.
     start_run(run)
-    micro_batch = plan_micro_batch(
-        train,
-        args.student,
-        config,
-        args.precision,
-        batch_size=args.batch_size,
-        micro_batch=args.micro_batch,
-        lora_r=args.lora_r,
-        max_vram_gb=args.max_vram_gb,
-    )
+    micro_batch = plan(train)
     model, tokenizer = load_student(args.student, args.precision, base)
 
     # TRL's trainer, with what StudentTrainer adds and one of three losses. These imports take seconds.
     from trl import SFTConfig, SFTTrainer
 
+    from distill.train.label_distribution import LabelTrainer
+    from distill.train.token_distribution import TokenTrainer
     from distill.train.trainer import StudentTrainer
 
     class SequenceTrainer(StudentTrainer, SFTTrainer):
@@ -108,10 +144,11 @@ def main(args):
 
     if task and any(r.get("teacher_probs") for r in rows):
         loss, columns = "label distribution", ["prompt_ids", "teacher", "gold"]
-        trainer_class = label_trainer_class(label_trie(tokenizer, task.labels), args.temperature, args.alpha)
+        trie, row_loss = label_trie(tokenizer, task.labels), partial(distribution_loss, **softened)
+        trainer_class = partial(LabelTrainer, trie=trie, loss=row_loss)
     elif top_k:
         loss, columns = "token distribution", ["input_ids", "labels", "row"]
-        trainer_class = token_trainer_class(top_k, args.temperature, args.alpha)
+        trainer_class = partial(TokenTrainer, top_k=top_k, loss=partial(token_loss, **softened))
     else:
         loss, columns, trainer_class = "sequence", ["input_ids", "labels"], SequenceTrainer
     if loss != "sequence":
@@ -119,19 +156,15 @@ def main(args):
     elif args.alpha or args.temperature != 1:
         print("loss: the teacher's text; --alpha and --temperature are for its probabilities and change nothing")
     config = SFTConfig(
-        **training_arguments(
-            args.save_dir,
+        **arguments(
             rows=len(train),
             epochs=args.epochs,
             max_steps=args.max_steps,
-            batch_size=args.batch_size,
             micro_batch=micro_batch,
-            learning_rate=args.lr,
             eval_steps=args.eval_steps,
             evaluate=bool(dev),
             best_metric="eval_label_log_loss" if task else "eval_loss",  # what inference ranks by
             precision=model.precision,
-            seed=args.seed,
         ),
         remove_unused_columns=loss == "sequence",
         dataset_kwargs={"skip_prepare_dataset": loss != "sequence"},
@@ -199,41 +232,6 @@ def distribution_loss(scores, teacher, gold, temperature, alpha):
     return ((1 - share) * distilled + share * cross_entropy(scores, gold.clamp(min=0), reduction="none")).mean()
 
 
-def label_trainer_class(trie, temperature: float, alpha: float):
-    """A trainer with the loss on label scores; the prompts of a batch share their prefix, the labels their prompt."""
-    import torch
-    from torch.utils.checkpoint import checkpoint
-    from trl import SFTTrainer
-
-    from distill.model.fp32_logits import fp32_logits
-    from distill.model.token_tree import additive, pack_prompts
-    from distill.train.trainer import StudentTrainer
-
-    class LabelTrainer(StudentTrainer, SFTTrainer):
-        needs_tree_mask = True
-
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, data_collator=self.collate, **kwargs)
-
-        def collate(self, rows):
-            batch = pack_prompts([r["prompt_ids"] for r in rows], trie, self.processing_class.pad_token_id)
-            batch["teacher"] = torch.tensor([r["teacher"] for r in rows])
-            batch["gold"] = torch.tensor([r["gold"] for r in rows])
-            return batch
-
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            teacher, gold, at = inputs.pop("teacher"), inputs.pop("gold"), inputs.pop("label_logits_at")
-            inputs["attention_mask"] = additive(inputs["attention_mask"], self.model.dtype)
-            with fp32_logits(self.model):
-                logits = model(**inputs, use_cache=False).logits.flatten(0, -2)[at]
-            # The backward pass computes the log-softmax again, a part at a time: all at once is too large. Rows are
-            # selected before the split: selected in each part, their gradient would be as large as all logits.
-            parts = [checkpoint(trie.scores, part, use_reentrant=False) for part in logits.split(32)]
-            return distribution_loss(torch.cat(parts), teacher, gold, temperature, alpha)
-
-    return LabelTrainer
-
-
 def token_loss(logits, target, ids, teacher, temperature, alpha):
     """Sum over tokens of (1 - alpha) t^2 KL(teacher || student) + alpha cross-entropy with the text's own token.
 
@@ -246,68 +244,19 @@ def token_loss(logits, target, ids, teacher, temperature, alpha):
     from torch.nn.functional import kl_div
 
     logits = logits.float()
-    total, own = logits.logsumexp(-1, keepdim=True), logits.gather(1, ids)
-    rest = logits.scatter(1, ids, -torch.inf).logsumexp(-1, keepdim=True)
-    student = torch.log_softmax((torch.cat([own, rest], 1) - total) / temperature, -1)
+    student = torch.log_softmax(class_log_probs(logits, ids) / temperature, -1)
     soft = torch.log_softmax(teacher / temperature, -1)
     distilled = kl_div(student, soft, reduction="none", log_target=True).sum(-1) * temperature**2
-    return ((1 - alpha) * distilled + alpha * (total - logits.gather(1, target[:, None]))[:, 0]).sum()
+    given = logits.logsumexp(-1) - logits.gather(1, target[:, None])[:, 0]
+    return ((1 - alpha) * distilled + alpha * given).sum()
 
 
-def pack_tokens(rows, top_k, pad):
-    """One micro-batch: packed model inputs, and target, top_ids, top_logp for token_loss in the order of the logits.
-
-    rows: {"input_ids", "labels", "row"}; top_k[row]: (ids, logp) of that row's trained tokens (TopK).
-    """
+def class_log_probs(logits, ids):
+    """Log-probs [T, k + 1] of the tokens ids [T, k] under logits [T, V], and last of all other tokens together."""
     import torch
 
-    from distill.model.token_tree import pack_rows
-
-    ids, first = [r["input_ids"] for r in rows], [r["labels"].count(-100) for r in rows]
-    batch, columns = pack_rows(ids, [n - 1 for n in first], pad)
-    at = torch.cat([own[n - 1 : -1] for own, n in zip(columns, first, strict=True)])
-    target = torch.cat([torch.tensor(row[n:]) for row, n in zip(ids, first, strict=True)])
-    top_ids, logp = map(torch.cat, zip(*(top_k[r["row"]] for r in rows), strict=True))
-    keep = torch.zeros(batch["input_ids"].numel(), dtype=torch.bool)
-    keep[at] = True
-    order = at.argsort()
-    batch["logits_to_keep"] = keep.view(batch["input_ids"].shape)
-    return batch | {"target": target[order], "top_ids": top_ids[order], "top_logp": logp[order]}
-
-
-def token_trainer_class(top_k: TopK, temperature: float, alpha: float):
-    """A trainer with the loss on the teacher's top-k; logits only at trained tokens, common prefixes once."""
-    from torch.utils.checkpoint import checkpoint
-    from trl import SFTTrainer
-
-    from distill.model.token_tree import additive
-    from distill.train.trainer import StudentTrainer
-
-    class TokenTrainer(StudentTrainer, SFTTrainer):
-        needs_tree_mask = True
-
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, data_collator=self.collate, **kwargs)
-
-        def collate(self, rows):
-            batch = pack_tokens(rows, top_k, self.processing_class.pad_token_id)
-            # the Trainer counts the tokens of a step by these names
-            return batch | {"labels": batch["target"], "shift_labels": batch["target"]}
-
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            targets = [inputs.pop(k) for k in ("labels", "shift_labels", "target", "top_ids", "top_logp")][2:]
-            inputs["attention_mask"] = additive(inputs["attention_mask"], self.model.dtype)
-            logits = model(**inputs, use_cache=False).logits.flatten(0, -2)
-            loss = 0
-            for part in zip(*(x.split(256) for x in (logits, *targets)), strict=True):
-                # the backward pass makes the fp32 copies of a part again: all of them at once are too large
-                loss = loss + checkpoint(token_loss, *part, temperature, alpha, use_reentrant=False)
-            if num_items_in_batch is None:
-                return loss / len(logits)
-            ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            return loss * ranks / num_items_in_batch
-
-    return TokenTrainer
+    rest = logits.scatter(1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([logits.gather(1, ids), rest], 1) - logits.logsumexp(-1, keepdim=True)
 
 
 if __name__ == "__main__":
@@ -316,6 +265,12 @@ if __name__ == "__main__":
     add_teacher_arguments(parser)
     parser.add_argument(
         "--top_k", type=positive(int), default=32, help="teacher's tokens kept for free text (default: 32)"
+    )
+    parser.add_argument(
+        "--on_policy",
+        type=positive(int),
+        metavar="ROUNDS",
+        help="train on answers of the student, new ones in each round",
     )
     parser.add_argument(
         "--temperature", type=between(float, 0.1, 100), default=1.0, help="softens both distributions (default: 1)"

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -310,11 +311,12 @@ def make_trainer(route, how, model, tokenizer, rows, n, accumulate, steps, folde
             return dataset
 
     if route == "kd":
-        from kd_train import label_trainer_class
+        from distill.train.label_distribution import LabelTrainer
+        from kd_train import distribution_loss
 
         options |= {"remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
         trie = label_trie(tokenizer, Task.load(ROOT / "data" / "creditmix_task.json").labels)
-        kind = label_trainer_class(trie, temperature=1.0, alpha=0.0)
+        kind = partial(LabelTrainer, trie=trie, loss=partial(distribution_loss, temperature=1.0, alpha=0.0))
     elif route == "dpo":
         from dpo_train import dpo_trainer_class
 

@@ -329,7 +329,7 @@ def test_the_top_k_on_disk_is_the_teachers_and_padding_rows_are_sliced(tiny, tea
 
     def compute(rows, k=8):
         folder = teachers.cache_folder(data)
-        return TopK(teachers.Teacher(str(teacher), "fp32"), str(tiny), tokenizer, rows, k, folder)
+        return TopK(teachers.Teacher(str(teacher), "fp32"), str(tiny), rows, k, folder)
 
     top_k = compute(rows)
     assert teachers.shared_vocabulary(teacher, tiny) == len(tokenizer)
@@ -389,7 +389,8 @@ def test_another_vocabulary_is_refused_before_weights_load(run, tiny, jsonl, tmp
 
 
 def test_packed_tokens_have_the_loss_and_gradients_of_each_row_alone(tiny):
-    from kd_train import pack_tokens, token_loss
+    from distill.train.token_distribution import pack_tokens
+    from kd_train import token_loss
 
     model, tokenizer = load_model(tiny, "fp32")
     rows, _ = encode(tokenizer, texts(7), 200, "input", "teacher_output")

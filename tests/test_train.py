@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -442,10 +443,11 @@ def make_trainer(route, tiny, task, folder, gpus=1):
 
     from common import label_trie, load_base
     from distill.train.data import dataset
+    from distill.train.label_distribution import LabelTrainer
     from distill.train.student import lora_config
     from distill.train.trainer import StudentTrainer
     from dpo_train import dpo_trainer_class
-    from kd_train import label_trainer_class
+    from kd_train import distribution_loss
 
     class Sequence(StudentTrainer, SFTTrainer):
         pass
@@ -473,7 +475,8 @@ def make_trainer(route, tiny, task, folder, gpus=1):
     else:
         kind = Sequence
         if route == "kd":
-            kind = label_trainer_class(label_trie(tokenizer, task.labels), 1.0, 0.0)
+            loss = partial(distribution_loss, temperature=1.0, alpha=0.0)
+            kind = partial(LabelTrainer, trie=label_trie(tokenizer, task.labels), loss=loss)
             options |= {"remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
         config = SFTConfig(**options, shuffle_dataset=False)
     config._n_gpu = gpus

@@ -1,6 +1,7 @@
 """Token trees: masks and positions by hand, and shared_prefix training equal to the plain batch."""
 
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -119,7 +120,8 @@ def test_kd_computes_label_scores_in_parts_with_loss_and_gradients_of_the_whole(
 
     from transformers import AutoModelForCausalLM
 
-    from kd_train import distribution_loss, label_trainer_class
+    from distill.train.label_distribution import LabelTrainer
+    from kd_train import distribution_loss
 
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     trie, rng = LabelTrie([[5], [6, 7], [6, 8, 9]]), random.Random(0)
@@ -127,7 +129,8 @@ def test_kd_computes_label_scores_in_parts_with_loss_and_gradients_of_the_whole(
         {"prompt_ids": [*range(20, 40), *rng.choices(range(50, 90), k=n)], "teacher": [0.5, 0.3, 0.2], "gold": n % 3}
         for n in range(3, 80)
     ]
-    trainer = object.__new__(label_trainer_class(trie, temperature=2.0, alpha=0.3))  # no data to construct it with
+    trainer = object.__new__(LabelTrainer)  # no data to construct it with
+    trainer.trie, trainer.loss = trie, partial(distribution_loss, temperature=2.0, alpha=0.3)
     trainer.model, trainer.processing_class = model, SimpleNamespace(pad_token_id=2)
     in_parts = trainer.compute_loss(model, trainer.collate(rows))
     in_parts.backward()

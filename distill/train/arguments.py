@@ -135,7 +135,8 @@ def training_arguments(
     steps = max_steps or max(1, int(epochs * rows / batch_size))
     every = eval_steps or max(2, steps // EVALUATIONS["cuda" if cuda else "cpu"])  # the first step has learning rate 0
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(save_dir / "tensorboard")
-    print(f"{steps} steps of {micro_batch} x {accumulate} accumulated x {world} processes; evaluation every {every}")
+    what = "evaluation" if evaluate else "checkpoint"
+    print(f"{steps} steps of {micro_batch} x {accumulate} accumulated x {world} processes; {what} every {every}")
     return {
         "output_dir": str(save_dir),
         "num_train_epochs": epochs,

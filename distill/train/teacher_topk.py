@@ -28,8 +28,11 @@ class TopK:
     another teacher or another text never matches it, and a longer run reuses what a shorter one has computed.
     """
 
-    def __init__(self, teacher: Teacher, student: str, tokenizer, rows: list[dict], k: int, folder: Path):
-        """Compute the shards that `folder` does not have, then free the teacher. rows: the result of encode()."""
+    def __init__(self, teacher: Teacher, student: str, rows: list[dict], k: int, folder: Path):
+        """Compute the shards that `folder` does not have, then free the teacher.
+
+        rows: the result of encode(), or of encode_samples(), whose tokens the student wrote itself.
+        """
         self.size, self.k = shared_vocabulary(teacher.name, student), k
         if self.k >= self.size:
             raise UserError(f"--top_k {self.k}: expected fewer than the {self.size} tokens of the vocabulary")
@@ -47,7 +50,7 @@ class TopK:
         todo = [i for i, path in enumerate(self.paths) if not self.is_complete(i, path)]
         if todo:
             require_single_process(teacher)
-            self._compute(teacher, student, tokenizer, todo)
+            self._compute(teacher, student, todo)
         opened.cache_clear()  # a file that was computed again has another content
         tokens = sum(map(sum, self.counts))
         kept = sum(float(opened(path).metadata()["kept"]) for path in self.paths)
@@ -75,20 +78,22 @@ class TopK:
             pass
         return False
 
-    def _compute(self, teacher: Teacher, student: str, tokenizer, todo: list[int]) -> None:
+    def _compute(self, teacher: Teacher, student: str, todo: list[int]) -> None:
         from tqdm import tqdm
 
         model, own = load_model(teacher.name, teacher.precision)
         bar = tqdm(total=sum(sum(self.counts[i]) for i in todo), desc="teacher", unit="token", file=sys.stderr)
         for i in todo:
             prompts = [r["input"] for r in self.shards[i]]
-            outputs = [r["teacher_output"] for r in self.shards[i]]
-            pairs = encode_pairs(own, prompts, outputs)
-            if [answer for _, answer in pairs] != completion_ids(tokenizer, prompts, outputs):
-                raise UserError(
-                    f"{teacher.name}: its chat template writes an answer with other tokens than {student}'s"
-                )
-            save_shard(self.paths[i], model, pairs, self.size, self.k)
+            answers = [r["input_ids"][-n:] for r, n in zip(self.shards[i], self.counts[i], strict=True)]
+            begins = prompt_ids(own, prompts)
+            if "teacher_output" in self.shards[i][0]:  # a text; what the student sampled is tokens already
+                texts = [r["teacher_output"] for r in self.shards[i]]
+                if completion_ids(own, prompts, texts, begins) != answers:
+                    raise UserError(
+                        f"{teacher.name}: its chat template writes an answer with other tokens than {student}'s"
+                    )
+            save_shard(self.paths[i], model, list(zip(begins, answers, strict=True)), self.size, self.k)
             bar.update(sum(self.counts[i]))
         bar.close()
         del model
@@ -109,12 +114,6 @@ class TopK:
 @cache
 def opened(path):
     return safe_open(path, "np")  # mapped: only what a batch reads is in memory
-
-
-def encode_pairs(tokenizer, prompts: list[str], outputs: list[str]) -> list[tuple[list[int], list[int]]]:
-    """(prompt ids, completion ids) of each pair in the chat template of `tokenizer`."""
-    begins = prompt_ids(tokenizer, prompts)
-    return list(zip(begins, completion_ids(tokenizer, prompts, outputs, begins), strict=True))
 
 
 def save_shard(path: Path, model, pairs: list[tuple[list[int], list[int]]], size: int, k: int) -> None:

@@ -89,6 +89,15 @@ def check_teacher(teacher: Teacher, student: str, task: Task | None) -> None:
         shared_vocabulary(teacher.name, student)
 
 
+def check_on_policy(teacher: Teacher | None, task: Task | None, alpha: float) -> None:
+    """Raise UserError unless `teacher` can score what the student writes. alpha: weight of the given text."""
+    if not learns_token_distribution(teacher, task):
+        raise UserError("--on_policy: expected free text and --teacher MODEL, whose log-probs the student's texts get")
+    if alpha:
+        raise UserError(f"--alpha {alpha:g}: it is the weight of a given text, and --on_policy has none; expected 0")
+    require_single_process(teacher)
+
+
 def shared_vocabulary(teacher: str, student: str) -> int:
     """How many token ids both models have. Loads no weights.
 
