@@ -7,37 +7,37 @@
 
     curl -X POST localhost:8000/infer/sft -H 'Content-Type: application/json' -d '{"features": "Age: 23.0, ..."}'
 
-Environment: BASE_MODEL; SFT_DIR, KD_DIR, DPO_DIR; TASK (data/creditmix_task.json); HOST, PORT; API_KEY (/infer and
-/admin then require the header X-API-Key); DEADLINE (30 seconds per request); MAX_QUEUE (512 rows); MAX_ROW_TOKENS (of
-a row with its prompt: four times the 99th percentile of the training rows, or 1024 if that is unknown); MAX_VRAM_GB
-(the GPU's, less 0.8 under WSL2); PRECISION (auto, nf4, bf16, fp32); OFFLOAD_FOLDER (for layers that fit neither on the
-GPU, in 4 bits, nor in RAM); CLASS_PRIOR (the class mix that probabilities are for: natural, balanced, a JSON object of
-shares or a file; default: that of training).
+Environment: BASE_MODEL; SFT_DIR, KD_DIR, DPO_DIR; TASK (data/creditmix_task.json); HOST, PORT; API_KEY (/infer, /v1 and
+/admin then require the header X-API-Key or Authorization: Bearer); DEADLINE (30 seconds per request); MAX_QUEUE (512
+rows); MAX_ROW_TOKENS (of a row with its prompt: four times the 99th percentile of the training rows, or 1024 if that is
+unknown; of a text with other questions: 2048); MAX_VRAM_GB (the GPU's, less 0.8 under WSL2); PRECISION (auto, nf4,
+bf16, fp32); OFFLOAD_FOLDER (for layers that fit neither on the GPU, in 4 bits, nor in RAM); CLASS_PRIOR (the class mix
+that probabilities are for: natural, balanced, a JSON object of shares or a file; default: that of training).
 
-This process speaks HTTP and bounds the queue. A second process owns the models and scores rows of all four in one
-forward pass (distill/serve/engine.py). Nothing is kept on disk.
+/v1/systemone and /v1/decisions answer typed questions about a text (distill/serve/decisions.py). This process speaks
+HTTP and bounds the queue. A second process owns the models and scores rows of all four in one forward pass
+(distill/serve/engine.py). Nothing is kept on disk.
 """
 
 import argparse
 import asyncio
 import contextlib
-import hmac
-import json
 import os
 import sys
-import time
 from typing import Annotated, Literal
 
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
-from fastapi.security import APIKeyHeader
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from distill.files import ROOT, UserError, cli, sha256
+from distill.files import ROOT, UserError, cli
 from distill.serve.client import EngineClient
+from distill.serve.decisions import router as decisions_router
 from distill.serve.description import example, fields, openapi, title
+from distill.serve.errors import Problem, http_error, malformed
+from distill.serve.keys import check_key, check_operator
 from distill.serve.limits import (
     CLASSES,
     MARGIN,
@@ -86,27 +86,10 @@ app.add_middleware(RequestLimits)
 app.openapi = lambda: openapi(app)
 
 
-@app.exception_handler(RequestValidationError)
-async def invalid(request: Request, error: RequestValidationError) -> Response:
-    """422 without echoing the input: it is personal, and JSON cannot represent all of it (NaN, lone surrogates)."""
-    detail = [{"loc": e["loc"], "msg": e["msg"], "type": e["type"]} for e in error.errors()]
-    return Response(json.dumps({"detail": detail}), 422, media_type="application/json")
-
-
-async def check_key(
-    request: Request, key: Annotated[str | None, Depends(APIKeyHeader(name="X-API-Key", auto_error=False))]
-):
-    """401 if API_KEY is set and the request does not carry it. The comparison takes constant time."""
-    expected = request.app.state.engine.settings.api_key
-    if expected and not hmac.compare_digest(sha256(key or ""), sha256(expected)):
-        raise HTTPException(401, "header X-API-Key: missing or wrong", {"WWW-Authenticate": "X-API-Key"})
-
-
-async def check_operator(request: Request, _: Annotated[None, Depends(check_key)]):
-    """403 if the server has no API_KEY: otherwise anyone could operate it."""
-    if not request.app.state.engine.settings.api_key:
-        raise HTTPException(403, "expected a server that was started with API_KEY")
-
+app.include_router(decisions_router)
+app.add_exception_handler(RequestValidationError, malformed)
+for kind in (HTTPException, 400, 404, 405):  # those that the framework raises itself are of another class
+    app.add_exception_handler(kind, http_error)
 
 Features = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_FEATURES)]
 Scores = dict[str, float]
@@ -138,10 +121,6 @@ class Answer(BaseModel):
     top2_margin: float = Field(description="best calibrated score less the next", examples=[1.5])
 
 
-class Problem(BaseModel):
-    detail: str | list[dict] = Field(examples=["the queue is full: 512 rows wait"])
-
-
 PROBLEMS = {code: {"model": Problem, "description": reason} for code, reason in REJECTIONS.items()}
 
 
@@ -150,25 +129,10 @@ PROBLEMS = {code: {"model": Problem, "description": reason} for code, reason in 
 
 
 async def classify(request: Request, model: str, texts: list[str]) -> list[dict]:
-    """The answers to one request's rows, in order. Rows that no client waits for any more are cancelled."""
+    """The answers to one request's rows, in order."""
     engine = request.app.state.engine
-    request.state.rows = len(texts)
-    admitted = engine.admit(model, texts)
-    rows = asyncio.gather(*admitted.values())
-    left = asyncio.ensure_future(request.receive())  # the body has been read, so the next message is the disconnect
-    try:
-        seconds = max(0, request.scope["deadline"] - time.monotonic())
-        done, _ = await asyncio.wait({rows, left}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        if rows in done:
-            found = rows.result()
-        elif left in done:
-            raise HTTPException(499, "the client left")
-        else:
-            raise HTTPException(504, f"no answer within {engine.settings.deadline:g} s")
-    finally:
-        rows.cancel()
-        left.cancel()
-        engine.cancel(admitted)
+    engine.check(model)
+    found = await engine.answers(request, model, engine.prompts(texts))
     for answer in found:
         CLASSES.labels(model, answer["prediction"]).inc()
         MARGIN.labels(model).observe(answer["top2_margin"])

@@ -17,7 +17,7 @@ from distill.model.fp32_logits import fp32_logits
 from distill.model.label_graph import Inputs, LabelGraphs, stepped_shapes
 from distill.model.label_trie import LabelTrie
 from distill.model.stacked_lora import StackedAdapters, stackable
-from distill.model.token_tree import additive, attention_window, tree_batch, tree_mask_unsupported_reason
+from distill.model.token_tree import additive, attention_window, path_ids, tree_batch, tree_mask_unsupported_reason
 
 MAX_ROWS = 128  # of one batch
 
@@ -162,21 +162,55 @@ class LabelForward:
         paths = [[]]
         for ids, parent in self.trie.nodes:
             paths.append([*paths[parent + 1], *ids])
-        texts = [row + path for row in rows for path in paths]
+        names = [a for a in adapters for _ in paths] if adapters else None
+        return self.last_logits([row + path for row in rows for path in paths], names).view(len(rows), len(paths), -1)
+
+    def tree_logits(
+        self, trees: list[list[tuple[list[int], int]]], segments: list[list[int]], adapters: list[str] | None = None
+    ) -> list[torch.Tensor]:
+        """Logits after the last token of chosen segments of B token trees (tree_batch): B tensors [K, V].
+
+        segments: the numbers of the K segments of each tree. A model without tree masks gets their paths as texts.
+        """
+        widest = max(sum(len(ids) for ids, _ in tree) for tree in trees)
+        if not self.trees or widest > self.window:
+            names = adapters or [None] * len(trees)
+            return [self.path_logits(*one) for one in zip(trees, segments, names, strict=True)]
+        batch, starts = tree_batch(trees, self.pad)
+        ends = [
+            [at[s] + len(tree[s][0]) - 1 for s in own] for tree, own, at in zip(trees, segments, starts, strict=True)
+        ]
+        most = max(map(len, ends))
+        batch["logits_to_keep"] = torch.tensor([own + own[:1] * (most - len(own)) for own in ends])
+        batch = {k: v.to(self.model.device) for k, v in batch.items()}
+        batch["attention_mask"] = additive(batch["attention_mask"], self.model.dtype)
+        with fp32_logits(self.model):
+            logits = self._forward(adapters, None, **batch, use_cache=False).logits
+        return [part[: len(own)] for part, own in zip(logits, ends, strict=True)]
+
+    def path_logits(self, tree: list[tuple[list[int], int]], segments: list[int], adapter: str | None) -> torch.Tensor:
+        """Like `tree_logits` for one tree, from a text per segment: the path to it."""
+        texts, found = [path_ids(tree, s) for s in segments], {}
+        for rows in batches([len(text) for text in texts], token_budget(self.model.device)):
+            logits = self.last_logits([texts[i] for i in rows], [adapter] * len(rows) if adapter else None)
+            found |= zip(rows, logits, strict=True)
+        return torch.stack([found[i] for i in range(len(texts))])
+
+    def last_logits(self, texts: list[list[int]], adapters: list[str] | None = None) -> torch.Tensor:
+        """Logits [N, V] after the last token of each text (token id list)."""
         width = max(map(len, texts))
         ids = torch.tensor([text + [self.pad] * (width - len(text)) for text in texts])
         mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts])
         batch = {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
-        names = [a for a in adapters for _ in paths] if adapters else None
         last = torch.tensor([[len(text) - 1] for text in texts], device=self.model.device)
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         if "logits_to_keep" in inspect.signature(base.forward).parameters:
             batch["logits_to_keep"] = last
         with fp32_logits(self.model):
-            logits = self._forward(names, None, **batch, use_cache=False).logits
+            logits = self._forward(adapters, None, **batch, use_cache=False).logits
         if "logits_to_keep" not in batch:
             logits = logits.take_along_dim(last[..., None], 1)
-        return logits.view(len(rows), len(paths), -1)
+        return logits[:, 0]
 
     def _forward(self, adapters: list[str] | None, numbers: torch.Tensor | None, **batch):
         """The model's output, row i with adapters[i] or their numbers; without names, with the active adapter."""

@@ -48,6 +48,12 @@ def tree_batch(trees, pad, head=0, multiple=1):
     return {k: torch.from_numpy(v) for k, v in inputs.items()}, starts
 
 
+def path_ids(tree, segment):
+    """Token ids of the text that ends with this segment of a token tree: its ancestors' and its own."""
+    ids, parent = tree[segment]
+    return (path_ids(tree, parent) if parent >= 0 else []) + list(ids)
+
+
 def additive(see, dtype):
     """A boolean mask as what attention adds to its scores; sdpa would make that of it again in every layer."""
     return torch.zeros(see.shape, dtype=dtype, device=see.device).masked_fill_(~see, torch.finfo(dtype).min)

@@ -6,21 +6,32 @@ import itertools
 import json
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from fastapi import HTTPException
+from fastapi import HTTPException, Request
 
 from common import prompt_ids
 from distill.files import ROOT, one_line
 from distill.model.hub import base_config
 from distill.serve.limits import BATCH, PEAK, QUEUED, log
 from distill.serve.models import ServedModel
+from distill.serve.question_scorer import Branch
 from distill.serve.settings import MODELS, Settings
 
 FAILED = "the model failed; the server's log says why"
 LOADING = ServedModel("loading").report()
+
+
+@dataclass
+class Prompt:
+    """One row of a request: token ids, and how many have to be computed. questions: typed ones about its text."""
+
+    ids: list[int]
+    tokens: int
+    questions: list[Branch] = field(default_factory=list)
 
 
 @dataclass
@@ -45,7 +56,8 @@ class EngineClient:
         self.tokens = Counter()  # request -> tokens of its rows that wait
         self.reloads: dict[int, asyncio.Future] = {}
         self.numbers = itertools.count()
-        self.max_row_tokens = self.prefix = self.pass_tokens = 0  # of the process: its limits, once it has loaded
+        # limits of the process, once it has loaded
+        self.max_row_tokens = self.max_state_tokens = self.context = self.prefix = self.pass_tokens = 0
         self.seconds_per_token = 0.0
         self.short_row = 1  # tokens of the longest content-free input, without the prefix
         QUEUED.set_function(lambda: len(self.rows))
@@ -112,6 +124,7 @@ class EngineClient:
             self.fail(message["failure"])
         else:
             self.models, self.max_row_tokens = message["models"], message["max_row_tokens"]
+            self.max_state_tokens, self.context = message["max_state_tokens"], message["context"]
             self.prefix, self.pass_tokens = message["prefix"], message["pass_tokens"]
             self.seconds_per_token = message["seconds_per_token"]
             PEAK.set(message["gpu_peak"])
@@ -177,23 +190,49 @@ class EngineClient:
         current = min(self.tokens.total(), self.pass_tokens)
         return (max(ahead, current) + tokens) * self.seconds_per_token
 
-    def admit(self, name: str, texts: list[str]) -> dict[int, asyncio.Future]:
-        """Queue the rows of one request, all or none -> {number: future}. Errors: HTTPException 404, 413, 503."""
-        self.check(name)
+    def prompts(self, texts: list[str]) -> list[Prompt]:
+        """The task's prompts about these texts. Error: HTTPException 413 for one that is too long."""
         ids = prompt_ids(self.tokenizer, [self.settings.task.prompt(text) for text in texts])
         for i, row in enumerate(ids, 1):
             if len(row) > self.max_row_tokens:
                 most = f"expected at most {self.max_row_tokens} (MAX_ROW_TOKENS)"
                 raise HTTPException(413, f"features: row {i} has {len(row)} tokens with the prompt; {most}")
-        tokens = [max(1, len(row) - self.prefix) for row in ids]
-        if full := self.full(len(texts), sum(tokens)):
+        return [Prompt(row, max(1, len(row) - self.prefix)) for row in ids]
+
+    def admit(self, name: str, prompts: list[Prompt]) -> dict[int, asyncio.Future]:
+        """Queue the rows of one request, all or none -> {number: future}. Errors: HTTPException 404, 503."""
+        self.check(name)
+        tokens = sum(prompt.tokens for prompt in prompts)
+        if full := self.full(len(prompts), tokens):
             raise full
         request, loop = next(self.numbers), asyncio.get_running_loop()
-        rows = {next(self.numbers): Waiting(loop.create_future(), request, n) for n in tokens}
+        rows = {next(self.numbers): Waiting(loop.create_future(), request, prompt.tokens) for prompt in prompts}
         self.rows |= rows
-        self.tokens[request] = sum(tokens)
-        self.send(rows=[[number, name, own] for number, own in zip(rows, ids, strict=True)])
+        self.tokens[request] = tokens
+        self.send(rows=[[n, name, one.ids, *one.questions] for n, one in zip(rows, prompts, strict=True)])
         return {number: row.future for number, row in rows.items()}
+
+    async def answers(self, request: Request, name: str, prompts: list[Prompt]) -> list:
+        """The answers to one request's rows, in order. Rows that no client waits for any more are cancelled.
+
+        Errors: HTTPException of `admit`, 499 where the client left, 504 after the deadline.
+        """
+        request.state.rows = len(prompts)
+        admitted = self.admit(name, prompts)
+        rows = asyncio.gather(*admitted.values())
+        left = asyncio.ensure_future(request.receive())  # the body has been read, so the next message is the disconnect
+        try:
+            seconds = max(0, request.scope["deadline"] - time.monotonic())
+            done, _ = await asyncio.wait({rows, left}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            if rows in done:
+                return rows.result()
+            if left in done:
+                raise HTTPException(499, "the client left")
+            raise HTTPException(504, f"no answer within {self.settings.deadline:g} s")
+        finally:
+            rows.cancel()
+            left.cancel()
+            self.cancel(admitted)
 
     def remove(self, number: int) -> asyncio.Future:
         """Take a row off the books -> its future."""

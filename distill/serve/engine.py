@@ -3,7 +3,7 @@
 serve_creditmix.py starts it and speaks HTTP in a process of its own, because launching GPU kernels and answering HTTP
 compete for Python's interpreter lock. The two exchange JSON lines, on this process's standard input
 
-    {"rows": [[number, model, token ids], ...]}, those of one request
+    {"rows": [[number, model, token ids, question, ...], ...]}, those of one request; questions as Branch
     {"cancel": [number, ...]}   {"reload": model, "number": n}
 
 and on its standard output
@@ -27,11 +27,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from distill.files import UserError, one_line
 from distill.model.label_forward import MAX_ROWS, token_budget
 from distill.serve.models import LabelModels
+from distill.serve.question_scorer import Branch, width
 from distill.serve.settings import MODELS, Settings
 
 WAIT = 0.003  # seconds that a lone row waits for others to share its pass
@@ -39,14 +40,21 @@ WAIT = 0.003  # seconds that a lone row waits for others to share its pass
 
 @dataclass(eq=False)
 class Row:
-    """One prompt that waits for its answer. tokens: to be computed, without the shared prefix. turn: in the queue."""
+    """One prompt that waits for its answer, or one text with typed questions about it.
+
+    width: its tokens, its questions' included. tokens: to be computed, without the shared prefix. turn: in the queue.
+    """
 
     number: int
     model: str
     ids: list[int]
     arrived: float
+    questions: list[Branch] = field(default_factory=list)
     tokens: int = 0
     turn: int = 0
+
+    def __post_init__(self):
+        self.width = len(self.ids) + sum(map(width, self.questions))
 
 
 class Engine:
@@ -86,7 +94,8 @@ class Engine:
             for line in lines:
                 message = json.loads(line)
                 if "rows" in message:
-                    self.queue.put([Row(*row, arrived=time.monotonic()) for row in message["rows"]])
+                    now = time.monotonic()
+                    self.queue.put([Row(*row[:3], now, [Branch(*one) for one in row[3:]]) for row in message["rows"]])
                 else:
                     self.queue.put(message)
         finally:  # also where the server died in the middle of a line
@@ -113,6 +122,7 @@ class Engine:
         message["models"] = {name: one.report() for name, one in self.models.served.items()}
         if state != "failed":
             message |= {"max_row_tokens": self.models.max_row_tokens, "prefix": self.models.prefix}
+            message |= {"max_state_tokens": self.models.max_state_tokens, "context": self.models.context}
             message |= {"pass_tokens": self.max_tokens, "seconds_per_token": self.seconds_per_token}
         self.send(message)
 
@@ -143,7 +153,7 @@ class Engine:
         if isinstance(item, list):
             turn = self.turn
             for row in item:
-                row.tokens = max(1, len(row.ids) - self.models.prefix)
+                row.tokens = row.width if row.questions else max(1, row.width - self.models.prefix)
                 turn += row.tokens
                 row.turn = turn
             self._waiting = sorted(self._waiting + item, key=lambda row: row.turn)
@@ -159,16 +169,18 @@ class Engine:
     def _choose(self) -> list[Row]:
         """The first row and, while they fit, those nearest to it in length, since padding is computed too.
 
-        A row of more than twice its length waits: a short row's pass is a short one.
+        A row of more than twice its length waits: a short row's pass is a short one. Typed questions have a pass of
+        their own.
         """
         batch, longest = [], 0
         first = self._waiting[: self.window]  # later rows do not overtake these
-        for row in sorted(first, key=lambda row: abs(len(row.ids) - len(first[0].ids))):
-            width = max(longest, len(row.ids))
-            fits = (len(batch) + 1) * width <= self.budget and len(row.ids) <= 2 * len(first[0].ids)
+        kind = [row for row in first if bool(row.questions) == bool(first[0].questions)]
+        for row in sorted(kind, key=lambda row: abs(row.width - first[0].width)):
+            widest = max(longest, row.width)
+            fits = (len(batch) + 1) * widest <= self.budget and row.width <= 2 * first[0].width
             if len(batch) < MAX_ROWS and (not batch or fits):
                 batch.append(row)
-                longest = width
+                longest = widest
         return batch
 
     def _answer(self, batch: list[Row]) -> None:
@@ -177,7 +189,10 @@ class Engine:
 
         started, found, too_large = time.monotonic(), [None] * len(batch), False
         try:
-            found = self.models.answers([(row.model, row.ids) for row in batch])
+            if batch[0].questions:
+                found = self.models.decide([(row.model, row.ids, row.questions) for row in batch])
+            else:
+                found = self.models.answers([(row.model, row.ids) for row in batch])
             self.budget = min(self.max_tokens, 1.01 * self.budget)
         except Exception as e:  # the next batch may succeed
             too_large = isinstance(e, torch.OutOfMemoryError) and len(batch) > 1
@@ -186,7 +201,7 @@ class Engine:
                 raise
         if too_large:  # outside the except block, which keeps the tensors of the failed pass alive
             torch.cuda.empty_cache()
-            self.budget = len(batch) * max(len(row.ids) for row in batch) / 2
+            self.budget = len(batch) * max(row.width for row in batch) / 2
             half = len(batch) // 2
             self._answer(batch[:half])
             return self._answer(batch[half:])

@@ -15,12 +15,14 @@ from fastapi import HTTPException
 from fastapi.responses import JSONResponse
 from prometheus_client import Counter, Gauge, Histogram, Summary
 
+from distill.serve.errors import problem
 from distill.serve.settings import MODELS
 
 MAX_BODY = 256 * 1024  # bytes
 MAX_FEATURES = 4000  # characters of one row
 MAX_LIST = 256  # rows of one list request
 BODY_SECONDS = 5  # a client's time to send its body
+ASKED = ("/infer/", "/v1/systemone", "/v1/decisions")  # what waits in the queue
 REJECTIONS = {
     400: "malformed",
     401: "key",
@@ -39,6 +41,7 @@ SECONDS = Histogram("serve_request_seconds", "Time of a request", ["model"], buc
 REQUESTS = Counter("serve_requests_total", "Requests by status", ["model", "status"])
 REJECTED = Counter("serve_rejections_total", "Requests without a prediction", ["reason"])
 CLASSES = Counter("serve_predictions_total", "Predictions by class", ["model", "label"])
+QUESTIONS = Counter("serve_questions_total", "Typed questions that were answered", ["model", "type", "calibration"])
 MARGIN = Summary("serve_top2_margin", "Best calibrated score less the next; a mean that moves is drift", ["model"])
 LOG = logging.getLogger("serve")
 
@@ -110,17 +113,17 @@ class RequestLimits:
 
         scope["deadline"] = started + engine.settings.deadline
         app = self.app
-        if scope["path"].startswith("/infer/") and (full := engine.full()):  # before it costs any time
-            app = JSONResponse({"detail": full.detail}, full.status_code, full.headers)
+        if scope["path"].startswith(ASKED) and (full := engine.full()):  # before it costs any time
+            app = JSONResponse(problem(scope["path"], full.status_code, full.detail), full.status_code, full.headers)
         try:
             await app(scope, limited_receive, send_with_id)
         finally:
             seconds = time.monotonic() - started
-            model = scope.get("path_params", {}).get("model")
+            model = scope.get("path_params", {}).get("model") or about.get("model")
             if model in MODELS:
                 REQUESTS.labels(model, status).inc()
                 SECONDS.labels(model).observe(seconds)
-            if status in REJECTIONS and scope["path"].startswith("/infer/"):
+            if status in REJECTIONS and scope["path"].startswith(ASKED):
                 REJECTED.labels(REJECTIONS[status]).inc()
             fields = {"request_id": request_id, "method": scope["method"], "path": scope["path"], "status": status}
             log("request", **fields, ms=round(1000 * seconds, 1), client=(scope.get("client") or "?")[0], **about)

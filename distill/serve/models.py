@@ -12,9 +12,12 @@ from common import Calibration, LabelScorer, Task, add_adapter, answers, load_mo
 from distill.files import ROOT, UserError, one_line, read_json
 from distill.model.hub import adapter_base, base_mismatches, check_plain, unfinished_run
 from distill.model.label_forward import MAX_ROWS
+from distill.serve.decision_prompt import NULL_STATES, decision_prompt
+from distill.serve.question_scorer import Branch, QuestionScorer
 from distill.serve.settings import MODELS, Settings
 
 RECORDING = 30  # seconds that recording CUDA graphs may take before the server is ready
+STATE_TOKENS = 2048  # most tokens of a text about which typed questions are asked
 ROW_TOKENS = 1024  # most tokens of a row where no adapter's run.json says how long its training rows were
 
 
@@ -79,6 +82,11 @@ class LabelModels:
         return int(min(self.context, self.settings.max_row_tokens or (4 * max(known) if known else ROW_TOKENS)))
 
     @property
+    def max_state_tokens(self) -> int:
+        """Most tokens of a text about which typed questions are asked, with the chat template around it."""
+        return int(min(self.context, self.settings.max_row_tokens or STATE_TOKENS))
+
+    @property
     def prefix(self) -> int:
         """Tokens with which every prompt begins. They are computed once, not per row."""
         return len(self.scorer.forward.prefix)
@@ -112,6 +120,18 @@ class LabelModels:
                 found[i] = answer
         return found
 
+    def decide(self, rows: list[tuple[str, list[int], list[Branch]]]) -> list[list[list[float]]]:
+        """Probabilities of the options of each question of each row (model name, shared token ids, questions).
+
+        One forward pass. No fit is known for such questions, so their calibration is the null one.
+        """
+        from scipy.special import softmax
+
+        adapters = self._names([self.served[model].adapter for model, _, _ in rows])
+        found = self.questions.answers([(ids, branches) for _, ids, branches in rows], adapters)
+        null = Calibration()
+        return [[softmax(null(raw, prior)).tolist() for raw, prior in questions] for questions in found]
+
     def warm(self, record: bool = True) -> tuple[float, int]:
         """Compute every model's prefix cache; on a GPU also batches of all sizes, which load kernels of their own.
 
@@ -140,13 +160,10 @@ class LabelModels:
 
     def _record(self, tokens: int, names: list[str]) -> None:
         """Record passes of the rows that training suggests, or of rows of `tokens` tokens; and of half their length."""
-        from peft import PeftModel
-
         started, longest = time.monotonic(), max(one.training_tokens or 0 for one in self.served.values()) or tokens
         longest = min(longest, self.max_row_tokens)
         shortest = (longest + self.prefix) // 2  # a pass has rows of up to twice its shortest
-        adapters = names if isinstance(self.model, PeftModel) else None
-        passes = self.scorer.forward.record(shortest, longest, adapters, RECORDING)
+        passes = self.scorer.forward.record(shortest, longest, self._names(names), RECORDING)
         self.log("CUDA graphs recorded", passes=passes, seconds=round(time.monotonic() - started, 1))
 
     def _add(self, name: str, folder: Path, adapter: str) -> ServedModel:
@@ -208,12 +225,19 @@ class LabelModels:
         """A scorer's prefix caches belong to one state of the model."""
         task = self.settings.task
         self.scorer = LabelScorer(self.model, self.tokenizer, task.labels, task.null_prompts())
+        self.questions = QuestionScorer(self.scorer.forward, self._null_prompts)
 
-    def _score(self, ids: list[list[int]], adapters: list[str]) -> np.ndarray:
+    def _null_prompts(self, question: str) -> list[list[int]]:
+        return prompt_ids(self.tokenizer, [decision_prompt(state, question) for state in NULL_STATES])
+
+    def _names(self, adapters: list[str]) -> list[str] | None:
+        """The adapters' names, or None for a base model on which no adapter was loaded: it takes none."""
         from peft import PeftModel
 
-        # a base model on which no adapter was loaded takes no names
-        return self.scorer.score_ids(ids, adapters if isinstance(self.model, PeftModel) else None)
+        return adapters if isinstance(self.model, PeftModel) else None
+
+    def _score(self, ids: list[list[int]], adapters: list[str]) -> np.ndarray:
+        return self.scorer.score_ids(ids, self._names(adapters))
 
     def _prior(self, task: Task, adapter: str) -> np.ndarray:
         ids = prompt_ids(self.tokenizer, task.null_prompts())
