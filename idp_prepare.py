@@ -16,11 +16,13 @@ from the same file, seed and fraction.
 
 import argparse
 import random
+import shlex
 from collections import Counter
 from pathlib import Path
 
 from common import SEED, dev_split, group_hash, holdout, row_hash
 from distill.files import UserError, between, cli, read_json, read_rows, write_jsonl
+from distill.model.hub import EMBEDDED
 from distill.tasks.augment import swap_document_values
 from distill.tasks.idp_corpus import ResultRow, read_answers, rejected_answer, without_held_out
 from distill.tasks.idp_documents import idp_prompt
@@ -33,7 +35,8 @@ def main(args):
     check_schema(schema)
     if args.synthesize:
         write_jsonl(args.src[0], synthesize(args.synthesize, args.seed))
-    rows, invalid = read_answers(args.src, schema, args.group_field)
+    corpora = {path: read_answers([path], schema, args.group_field) for path in args.src}
+    rows, invalid = [row for own, _ in corpora.values() for row in own], sum(n for _, n in corpora.values())
     if args.teacher:
         taught = read_rows(args.teacher, ResultRow)
         if [r["line"] for r in taught] != list(range(1, len(rows) + 1)):
@@ -84,6 +87,16 @@ def main(args):
     print("rejected answers:", ", ".join(f"{k} {n}" for k, n in made.most_common()))
     if not args.teacher and not teacher_rows:
         print("KD rows teach the gold itself; --teacher takes a larger model's answers from infer_idp.py")
+    route = "kd" if args.teacher or not sft else "sft"
+    train_command = ["python", f"{route}_train.py", "--student", EMBEDDED]
+    train_command += ["--data", args.outdir / f"idp_{route}.jsonl", "--save_dir", f"runs/idp_{route}"]
+    print("next:", shlex.join(map(str, train_command)))
+    judged = [path for path, (own, _) in corpora.items() if all("gold" in row for row in own)]
+    if held and judged:
+        command = ["python", "eval_idp.py", "--model_dir", f"runs/idp_{route}", "--data", judged[0]]
+        for flag in ("schema", "group_field", "val_frac", "val_start", "seed"):  # those of the same split
+            command += [f"--{flag}", getattr(args, flag)]
+        print("then:", shlex.join(map(str, command)))
 
 
 def copies_of(rows, answer, schema, copies, seed, rng):

@@ -8,12 +8,14 @@
     python infer_codegen.py --endpoint http://127.0.0.1:8080/v1 --prompt "Write add(a, b)."    # llama.cpp, Ollama, vLLM
 
 Only code goes to standard output, the rest (plan, sandbox, verdicts) to standard error; --json shows whole replies.
+Each row of --out repeats its row of --data, with its id and whatever else it holds, and adds the sample.
 Exit code 1: no reply holds code, or --tests were given and no sample passes them.
 """
 
 import argparse
 import json
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -25,9 +27,12 @@ from distill.tasks.codegen_sandbox import add_isolation_argument, require_isolat
 from distill.tasks.codegen_tasks import parse_tests, program, read_tasks
 from distill.tasks.endpoint import Endpoint
 
+OWN = ("sample", "plan", "code", "tokens", "seconds", "error", "verdict")  # what a sample adds to its row
+
 
 def main(args):
     check_arguments(args)
+    prompt = read_text("-") if args.prompt == "-" else args.prompt
     sampling = Sampling.of(args, args.plan_then_code)
     tests = parse_tests(read_text(args.tests), args.tests) if args.tests else None
     tasks = read_tasks(args.data) if args.data else []
@@ -41,10 +46,18 @@ def main(args):
         name = f"{model.url} {model.model}"
     else:
         name, (model, tokenizer) = args.model_dir, load_model(args.model_dir, args.precision)
-    if args.data:
+        if not (Path(name) / "adapter_config.json").is_file():
+            print(f"warning: {name}: no adapter: code that it writes may run and still be wrong", file=sys.stderr)
+    if args.data and str(args.out) == "-":
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "samples.jsonl"
+            write_batch(model, tokenizer, name, tasks, sampling, path)
+            sys.stdout.write(path.read_text(encoding="utf-8"))
+    elif args.data:
         write_batch(model, tokenizer, name, tasks, sampling, args.out)
+        print(f"samples in {args.out}", file=sys.stderr)
     else:
-        answer(model, tokenizer, args.prompt, sampling, tests, args.json)
+        answer(model, tokenizer, prompt, sampling, tests, args.json)
 
 
 def check_arguments(args):
@@ -124,14 +137,14 @@ def write_batch(model, tokenizer, name: str, tasks: list[dict], sampling: Sampli
     verdicts = run_many([(program(tasks[r["index"]], r["code"]), tasks[r["index"]]["tests"]) for r in checked])
     for row, verdict in zip(checked, verdicts, strict=True):
         row["verdict"] = verdict
+    lines = []
     for row in rows:
-        task = tasks[row.pop("index")]
-        row |= {"task_id": task["task_id"], "prompt": task["prompt"]}
-        row.pop("reply", None)
-    write_jsonl(out, rows)
+        task = {k: v for k, v in tasks[row["index"]].items() if k not in OWN}
+        lines.append(task | {k: v for k, v in row.items() if k in OWN})
+    write_jsonl(out, lines)
     part.unlink()
     errors = sum("error" in row for row in rows)
-    print(f"{len(rows)} samples for {len(tasks)} prompts in {out}; over the context: {errors}", file=sys.stderr)
+    print(f"{len(rows)} samples for {len(tasks)} prompts; over the context: {errors}", file=sys.stderr)
     if checked:
         print(f"verdicts: {dict(Counter(row['verdict']['kind'] for row in checked))}", file=sys.stderr)
 
@@ -142,7 +155,7 @@ if __name__ == "__main__":
     where.add_argument("--model_dir", help="adapter folder, model folder, hub id or smollm2-135m")
     where.add_argument("--endpoint", help="http://host:port/v1 of llama.cpp, Ollama or vLLM in place of a model here")
     p.add_argument("--endpoint_model", help="the model's name there (default: the first that the server lists)")
-    p.add_argument("--prompt", help="the request")
+    p.add_argument("--prompt", help="the request, or - for standard input")
     p.add_argument(
         "--plan_then_code", action="store_true", help="a plan first, then code that follows it; twice the calls"
     )
@@ -150,8 +163,8 @@ if __name__ == "__main__":
         "--tests", type=Path, help="file of asserts; prints the first sample that passes them in the sandbox"
     )
     p.add_argument("--json", action="store_true", help="one line per sample: plan, code, reply, tokens, seconds")
-    p.add_argument("--data", "--input", type=Path, help="JSONL of prompts (and tests), instead of --prompt")
-    p.add_argument("--out", "--output", type=Path, help="JSONL of samples for --data; a stopped run continues it")
+    p.add_argument("--data", "--input", type=Path, help="JSONL of prompts (and tests) or -, instead of --prompt")
+    p.add_argument("--out", "--output", type=Path, help="JSONL of samples, - to print; a stopped run continues it")
     p.add_argument("--precision", choices=["auto", "nf4", "bf16", "fp32"], default="auto", help="of the base model")
     add_sampling_arguments(p)
     add_isolation_argument(p)

@@ -1,7 +1,7 @@
 """IDP: documents to JSON that validates against a schema, every time.
 
     python infer_idp.py --model_dir runs/idp_sft --schema data/idp_schema.json --document "INVOICE 17 ..."
-    python infer_idp.py --model_dir runs/idp_sft --schema data/idp_schema.json --data receipt.txt --details
+    python infer_idp.py --model_dir runs/idp_sft --schema data/idp_schema.json --data receipt.pdf --details
     python infer_idp.py --model_dir runs/idp_sft --schema data/idp_schema.json --data docs.jsonl --out out.jsonl
 
 With a server that holds the model (llama.cpp, Ollama, vLLM):
@@ -34,9 +34,10 @@ from distill.tasks.endpoint import Endpoint
 from distill.tasks.idp_confidence import confidences
 from distill.tasks.idp_corpus import DocumentRow
 from distill.tasks.idp_decode import Constraint, Vocabulary
-from distill.tasks.idp_documents import Extraction, check_document, extract, extract_from, schema_warning
+from distill.tasks.idp_documents import MAX_CHARS, Extraction, check_document, extract, extract_from, schema_warning
 from distill.tasks.idp_grounding import details
 from distill.tasks.idp_schema import check_schema, compact
+from distill.tasks.pdf_text import read_pdf
 
 BATCHES = 4  # batches per write of the results; a stopped run loses at most these
 OWN = ("line", "output", "error", "details")  # what a result adds to its row
@@ -87,7 +88,7 @@ def main(args):
 def read_documents(document: str | None, data: Path | None, out: Path | None) -> list[dict]:
     """Rows {"document", ...} of --document (text, or - for standard input) or --data.
 
-    --data holds rows as .jsonl or standard input (-), which need `out`; any other file is the text of one document.
+    --data holds rows as .jsonl or standard input (-), which need `out`; any other file is one document, text or PDF.
     """
     if document == "-":
         try:
@@ -96,6 +97,8 @@ def read_documents(document: str | None, data: Path | None, out: Path | None) ->
             raise UserError(f"standard input: expected UTF-8 text; invalid byte at {e.start}") from None
     if document is not None:
         return [{"document": check_document(document, "--document")}]
+    if data.suffix.lower() == ".pdf":
+        return [{"document": check_document(read_pdf(data, MAX_CHARS), data)}]
     if data.suffix.lower() != ".jsonl" and str(data) != "-":
         return [{"document": check_document(read_text(data), data)}]
     if out is None:

@@ -133,7 +133,7 @@ def draw_risk_coverage(axis, confidence: np.ndarray, right: np.ndarray, order: s
 
 
 def confidence_table(name: str, figures: dict[str, dict], overall: str) -> list[str]:
-    """Lines of {field: confidence_figures and "grounded": {yes, no: {"n", "accuracy"}}}, then the bins of `overall`."""
+    """Lines of what eval_idp.confidence_report says of each field, then the bins of the field `overall`."""
 
     def cell(value, width=6):
         return f"{'-':>{width}}" if value is None else f"{value:{width}.3f}"
@@ -141,17 +141,17 @@ def confidence_table(name: str, figures: dict[str, dict], overall: str) -> list[
     width = max(len("field"), *map(len, figures))
     columns = " ".join(f"{c:>6}" for c in ("n", "right", "conf.", "ECE", "at 5%", "above"))
     lines = [
-        f"{name}: accuracy against confidence (at 5%: share to accept, surest first, so that at most 5 % of it is "
-        "wrong; above: its lowest confidence)",
-        f"{'field':{width}} {columns}  right, if the document has the value; if not",
+        f"{name}: accuracy against confidence",
+        "at 5%: share to accept, surest first, so that at most 5 % of it is wrong; above: the lowest confidence in it; "
+        "grounded: the share if no value is accepted that the document does not have",
+        f"{'field':{width}} {columns} grounded  right, if the document has the value; if not",
     ]
     for field, m in figures.items():
         keys = ("accuracy", "mean_confidence", "ece", "coverage_at_5_percent_error", "threshold")
-        grounded = m.get("grounded", {})
-        shares = "; ".join(
-            f"{cell(grounded[k]['accuracy'], 1)} of {grounded[k]['n']}" for k in ("yes", "no") if k in grounded
-        )
-        lines.append(f"{field:{width}} {m['n']:6} {' '.join(cell(m[k]) for k in keys)}  {shares}")
+        grounded = cell(m["coverage_at_5_percent_error_grounded"], 8)
+        parts = [m["grounded"].get(k) for k in ("yes", "no")]
+        shares = "; ".join(f"{part['accuracy']:.3f} of {part['n']}" if part else "-" for part in parts)
+        lines.append(f"{field:{width}} {m['n']:6} {' '.join(cell(m[k]) for k in keys)} {grounded}  {shares}")
     lines += ["", f"{overall}:", f"{'confidence':>12} {'n':>6} {'mean':>6} {'right':>6}"]
     for b in figures[overall]["reliability"]:
         lines.append(f"{b['from']:>6.1f} - {b['to']:.1f} {b['n']:6} {cell(b['confidence'])} {cell(b['accuracy'])}")

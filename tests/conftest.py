@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import os
+import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +103,21 @@ def run(tmp_path):
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=ROOT)
 
     return start
+
+
+@pytest.fixture
+def parsed(monkeypatch):
+    """parsed("python infer_idp.py --data ...") -> the flags of a printed command, which its script accepts."""
+
+    def parse(command):
+        python, script, *flags = shlex.split(command)
+        found = []
+        monkeypatch.setattr("distill.files.cli", lambda main, parser: found.append(parser.parse_args(flags)))
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+        assert python == "python"
+        return found[0]
+
+    return parse
 
 
 @pytest.fixture

@@ -303,7 +303,7 @@ def test_solutions_of_a_large_model_are_run_and_evaluation_problems_left_out(run
     assert "'a problem of held.jsonl': 2" in done.stdout and "'solution fails: wrong answer': 1" in done.stdout
 
 
-def test_passing_samples_train_and_failing_ones_are_rejected(run, jsonl, tmp_path):
+def test_passing_samples_train_and_failing_ones_are_rejected(run, parsed, jsonl, tmp_path):
     corpus = jsonl("corpus.jsonl", [MBPP])
     prompt = read_tasks(corpus)[0]["prompt"]
     codes = ["def double(n):\n    return n << 1", "def double(n):\n    return n", "def double(n)\n    return", ""]
@@ -311,6 +311,8 @@ def test_passing_samples_train_and_failing_ones_are_rejected(run, jsonl, tmp_pat
     done = run("codegen_prepare.py", "--corpus", corpus, "--samples", samples, "--out_dir", tmp_path, "--rejected", 0)
     assert done.returncode == 0, done.stderr
     assert "1 of 3 different samples pass, for 1 tasks" in done.stdout
+    train, evaluate = (parsed(line.split(": ", 1)[1]) for line in done.stdout.splitlines()[-2:])
+    assert train.data == tmp_path / "codegen_sft.jsonl" and [str(train.save_dir)] == evaluate.model_dir
     made = {
         r: [json.loads(x) for x in (tmp_path / f"codegen_{r}.jsonl").read_text().splitlines()] for r in ("sft", "dpo")
     }

@@ -121,13 +121,14 @@ def test_reference_mode_finds_a_wrong_reference(run, jsonl):
 # The evaluation of a model
 
 
-def test_eval_reports_resumes_and_counts_what_code_does(here, tiny, jsonl, tmp_path):
+def test_eval_reports_resumes_and_counts_what_code_does(here, tiny, parsed, jsonl, tmp_path):
     long = {"task_id": "long", "prompt": "word " * 2000, "tests": "assert True"}
     problems = jsonl("p.jsonl", [*TASKS, long])
     command = ["eval_codegen.py", "--model_dir", tiny, "--mode", "direct", "plan", "--problems", problems]
     command += ["--n", "3", "--k", "1", "3", "--timeout", "1", *SMALL, "--out_dir", tmp_path / "out"]
     r = here(*command)
     assert r.returncode == 0, r.stderr
+    assert parsed(r.stdout.splitlines()[-1].removeprefix("next: ")).model_dir == str(tiny)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [x["mode"] for x in report["results"]] == ["direct", "plan"]
     assert report["args"]["n"] == 3
@@ -417,6 +418,20 @@ def test_infer_batch(here, tiny, jsonl, tmp_path):
     assert "6 samples for 3 prompts" in r.stderr
     assert "over the context: 2" in r.stderr
     assert not list(tmp_path.glob("*.part"))
+    assert [row.get("solution") for row in rows] == [t.get("solution") for t in (*TASKS, long) for _ in (0, 1)]
+
+
+def test_infer_reads_rows_from_standard_input_and_prints_them(here, tiny, monkeypatch):
+    rows = [{"task_id": 7, "text": "One.", "code": "not ours", "test_list": ["assert one() == 1"], "source": "mine"}]
+    stream = io.BytesIO(json.dumps(rows).encode())
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=stream))
+    r = here("infer_codegen.py", "--model_dir", tiny, "--data", "-", "--out", "-", *SMALL)
+    (row,) = map(json.loads, r.stdout.splitlines())
+    assert (row["task_id"], row["source"], row["text"]) == ("7", "mine", "One.") and row["code"] != "not ours"
+    assert "verdict" in row and f"warning: {tiny}: no adapter: code that it writes may run" in r.stderr
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"Write one().")))
+    r = here("infer_codegen.py", "--model_dir", tiny, "--prompt", "-", "--json", *SMALL)
+    assert json.loads(r.stdout)["prompt"] == "Write one()."
 
 
 @pytest.mark.parametrize("asserts", [[], ["  "]])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from transformers import AutoTokenizer
 
 from common import load_model, prompt_ids
 from distill.evaluate import confidence_figures
@@ -23,6 +24,7 @@ from distill.tasks.idp_grounding import DocumentText, details, readings
 from distill.tasks.idp_leaves import Leaf, leaves_of
 from distill.tasks.idp_schema import compact, schema_sha256
 from distill.tasks.idp_score import right_leaves
+from distill.train.data import describe
 from eval_idp import ALL, DOCUMENT, confidence_report, judge_confidence
 from infer_idp import main
 
@@ -173,9 +175,12 @@ def test_the_report_of_confidences(tmp_path):
     assert judged[DOCUMENT][:, :2].tolist() == [[0.8, 1], [0.2, 0]] and list(judged) == ["a", "b", ALL, DOCUMENT]
     report = confidence_report(judged)
     assert report["a"]["grounded"] == {"yes": {"n": 1, "accuracy": 1.0}, "no": {"n": 1, "accuracy": 0.0}}
+    rows = np.array([[0.9, 1, 1], [0.95, 0, 0], [0.2, 0, 0], [0.1, 0, np.nan]])
+    found = confidence_report({"a": rows})["a"]
+    assert (found["coverage_at_5_percent_error"], found["coverage_at_5_percent_error_grounded"]) == (0.0, 0.25)
     assert report[ALL]["n"] == 4 and report[ALL]["coverage_at_5_percent_error"] == 0.75
     lines = confidence_table("m", report, ALL)
-    assert " ".join(lines[2].split()) == "a 2 0.500 0.550 0.150 0.500 0.900 1.000 of 1; 0.000 of 1"
+    assert " ".join(lines[3].split()) == "a 2 0.500 0.550 0.150 0.500 0.900 0.500 1.000 of 1; 0.000 of 1"
     assert lines[-1].endswith("0.70: 0.75, 0.000; 0.80: 0.50, 0.000; 0.90: 0.25, 0.000; 0.95: 0.00, -")
     draw_confidence({"m": tuple(judged[ALL].T[:2])}, tmp_path / "confidence.png")
     assert (tmp_path / "confidence.png").stat().st_size > 5000
@@ -194,6 +199,14 @@ def test_a_schema_other_than_the_trained_one_is_said(tmp_path):
     write_json(tmp_path / "run.json", {"schema_sha256": [schema_sha256(schema)]})
     asked = f"trained with schema {schema_sha256(schema)}, asked with {schema_sha256(other)}"
     assert asked in schema_warning(str(tmp_path), other)
+
+
+def test_training_records_the_schema_of_its_rows(tiny):
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    row = {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}
+    rows = [{**row, "schema_sha256": name} for name in ("b", "a", "b")]
+    assert describe(tokenizer, [*rows, row], {}, {})["schema_sha256"] == ["a", "b"]
+    assert describe(tokenizer, [row], {}, {})["schema_sha256"] == []
 
 
 def test_details_of_rows_from_standard_input(tiny, monkeypatch, capsys):

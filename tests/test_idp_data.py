@@ -63,10 +63,13 @@ def test_what_the_generated_gold_states_is_in_the_document():
     assert 10 < len(misread) < 40
 
 
-def test_prepare_splits_by_group_and_checks_itself(run, tmp_path):
-    corpus = tmp_path / "c.jsonl"
+def test_prepare_splits_by_group_and_checks_itself(run, parsed, tmp_path):
+    corpus = tmp_path / "a corpus.jsonl"
     done = run("idp_prepare.py", "--synthesize", 80, "--src", corpus, "--schema", SCHEMA, "--outdir", tmp_path)
     assert done.returncode == 0, done.stderr
+    train, evaluate = (parsed(line.split(": ", 1)[1]) for line in done.stdout.splitlines()[-2:])
+    assert train.data == tmp_path / "idp_sft.jsonl" and str(train.save_dir) == evaluate.model_dir[0]
+    assert (evaluate.data, evaluate.schema, evaluate.val_frac) == (corpus, SCHEMA, 0.33)
     sft, kd, dpo = ([json.loads(x) for x in (tmp_path / f"idp_{n}.jsonl").open()] for n in ("sft", "kd", "dpo"))
     schema = read_json(SCHEMA)
     judge, rows = validator(schema), read_corpus(corpus, schema, "company")
@@ -185,7 +188,7 @@ def test_regular_expressions_and_free_text():
     assert free_value("none") is None and free_value("{a}") is None
 
 
-def test_evaluation_reports_every_system(run, tiny, jsonl, tmp_path):
+def test_evaluation_reports_every_system(run, tiny, parsed, jsonl, tmp_path):
     corpus = jsonl("c.jsonl", [{"document": RECEIPT, "gold": {**GOLD, "company": f"YONG {i}"}} for i in range(12)])
     options = ["--data", corpus, "--schema", SROIE, "--val_frac", 0.5, "--max_new_tokens", 24, "--limit", 3]
     done = run("eval_idp.py", "--model_dir", tiny, *options, "--out", tmp_path / "out")
@@ -195,6 +198,8 @@ def test_evaluation_reports_every_system(run, tiny, jsonl, tmp_path):
     assert report["systems"][str(tiny)]["valid"]["value"] == 1.0
     assert report["systems"]["regular expressions"]["fields"]["total"]["f1"] == 1.0
     lines = (tmp_path / "out" / f"{tiny.name}_constrained.jsonl").read_text().splitlines()
+    shown = parsed(done.stdout.splitlines()[-1].removeprefix("next: "))
+    assert shown.model_dir == str(tiny) and shown.details and (ROOT / shown.data).is_file()
     confidence = report["systems"][str(tiny)]["confidence"]
     assert confidence["whole document"]["n"] == 3 and "all values:" in done.stdout
     assert (

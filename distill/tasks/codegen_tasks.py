@@ -58,7 +58,7 @@ class SampleRow(StrictModel):
 
 
 def read_tasks(path):
-    """Tasks of a JSON or JSONL file: [{"task_id", "prompt", "tests"?, "solution"?, "plan"?}].
+    """Tasks of a JSON or JSONL file: [{"task_id", "prompt", "tests"?, "solution"?, "plan"?}], and a row's other fields.
 
     Forms: {"prompt", "tests"?, "solution"?, "plan"?} with tests as text or as a list of asserts, or MBPP's
     {"text" (or "prompt"), "code" (or "solution"), "test_list", "test_setup_code"?, "test_imports"?}, whose request
@@ -75,6 +75,7 @@ def read_tasks(path):
                 raise UserError(f"{place}: field 'test_list' is empty; expected asserts")
             setup = [mbpp.test_setup_code or "", *(mbpp.test_imports or [])]
             task = {
+                **row,
                 "prompt": f"{mbpp.text.strip()}\nYour code should pass these tests:\n{asserts}",
                 "tests": "\n".join([*setup, asserts]),
                 "solution": (mbpp.code or mbpp.solution or "").replace("\r\n", "\n"),

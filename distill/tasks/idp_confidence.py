@@ -53,7 +53,7 @@ def tokens_of(leaf: Leaf, ends: np.ndarray) -> slice:
     """The tokens that write a leaf. ends [T]: the byte after each token; one more token ends the answer.
 
     A token that the leaf shares with its surroundings counts: whether a value or null comes, and where a text ends, are
-    decided in such tokens. A number ends in the token after it: without that, 1 would be as sure as 12.
+    decided in such tokens. A number ends in the token after it: without that, 1 would be at least as sure as 12.
     """
     first = int(np.searchsorted(ends, leaf.start, "right"))
     last = int(np.searchsorted(ends, leaf.end, "left"))
