@@ -54,7 +54,7 @@ def main(args):
         print(f"{path}: {len(made)} rows")
     data = shlex.quote(str(args.out_dir / "codegen_sft.jsonl"))
     print(f"next: python sft_train.py --student {EMBEDDED} --data {data} --save_dir runs/codegen_sft")
-    print("then: python eval_codegen.py --model_dir runs/codegen_sft --out runs/codegen_eval")
+    print("      python eval_codegen.py --model_dir runs/codegen_sft --out runs/codegen_eval")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

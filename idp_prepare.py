@@ -87,7 +87,7 @@ def main(args):
     print("rejected answers:", ", ".join(f"{k} {n}" for k, n in made.most_common()))
     if not args.teacher and not teacher_rows:
         print("KD rows teach the gold itself; --teacher takes a larger model's answers from infer_idp.py")
-    route = "kd" if args.teacher or not sft else "sft"
+    route = "kd" if args.teacher or teacher_rows else "sft"
     train_command = ["python", f"{route}_train.py", "--student", EMBEDDED]
     train_command += ["--data", args.outdir / f"idp_{route}.jsonl", "--save_dir", f"runs/idp_{route}"]
     print("next:", shlex.join(map(str, train_command)))
@@ -96,7 +96,7 @@ def main(args):
         command = ["python", "eval_idp.py", "--model_dir", f"runs/idp_{route}", "--data", judged[0]]
         for flag in ("schema", "group_field", "val_frac", "val_start", "seed"):  # those of the same split
             command += [f"--{flag}", getattr(args, flag)]
-        print("then:", shlex.join(map(str, command)))
+        print("     ", shlex.join(map(str, command)))
 
 
 def copies_of(rows, answer, schema, copies, seed, rng):

@@ -311,7 +311,7 @@ def test_passing_samples_train_and_failing_ones_are_rejected(run, parsed, jsonl,
     done = run("codegen_prepare.py", "--corpus", corpus, "--samples", samples, "--out_dir", tmp_path, "--rejected", 0)
     assert done.returncode == 0, done.stderr
     assert "1 of 3 different samples pass, for 1 tasks" in done.stdout
-    train, evaluate = (parsed(line.split(": ", 1)[1]) for line in done.stdout.splitlines()[-2:])
+    train, evaluate = (parsed(line.removeprefix("next:")) for line in done.stdout.splitlines()[-2:])
     assert train.data == tmp_path / "codegen_sft.jsonl" and [str(train.save_dir)] == evaluate.model_dir
     made = {
         r: [json.loads(x) for x in (tmp_path / f"codegen_{r}.jsonl").read_text().splitlines()] for r in ("sft", "dpo")

@@ -67,7 +67,7 @@ def test_prepare_splits_by_group_and_checks_itself(run, parsed, tmp_path):
     corpus = tmp_path / "a corpus.jsonl"
     done = run("idp_prepare.py", "--synthesize", 80, "--src", corpus, "--schema", SCHEMA, "--outdir", tmp_path)
     assert done.returncode == 0, done.stderr
-    train, evaluate = (parsed(line.split(": ", 1)[1]) for line in done.stdout.splitlines()[-2:])
+    train, evaluate = (parsed(line.removeprefix("next:")) for line in done.stdout.splitlines()[-2:])
     assert train.data == tmp_path / "idp_sft.jsonl" and str(train.save_dir) == evaluate.model_dir[0]
     assert (evaluate.data, evaluate.schema, evaluate.val_frac) == (corpus, SCHEMA, 0.33)
     sft, kd, dpo = ([json.loads(x) for x in (tmp_path / f"idp_{n}.jsonl").open()] for n in ("sft", "kd", "dpo"))
