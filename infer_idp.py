@@ -51,29 +51,28 @@ def main(args):
         raise UserError(f"{args.schema}: nested too deep to be read") from None
     rows = read_documents(args.document, args.data, args.out)
     if args.endpoint:
-        endpoint = Endpoint(args.endpoint, args.endpoint_model)
+        endpoint, sure = Endpoint(args.endpoint, args.endpoint_model), None
         name = f"{endpoint.url} {endpoint.model}"
         if args.details:
             print("--endpoint: no confidence, which needs the model here; grounded is there", file=sys.stderr)
 
-        def answer(documents, first=1):
-            found = extract_from(endpoint, documents, schema, args.max_new_tokens, args.batch_size, first)
-            return [result(e, d, schema, args.details) for e, d in zip(found, documents, strict=True)]
+        def read(documents, first):
+            return extract_from(endpoint, documents, schema, args.max_new_tokens, args.batch_size, first)
     else:
         name, (model, tokenizer) = args.model_dir, load_model(args.model_dir, args.precision)
-        if warning := schema_warning(args.model_dir, schema):
-            print(f"warning: {warning}", file=sys.stderr)
+        warn(name, schema)
         vocab = Vocabulary.of(tokenizer, model.config.get_text_config().vocab_size)
         constraint = Constraint.of(grammar, vocab, args.max_new_tokens)
+
+        def read(documents, first):
+            return extract(model, tokenizer, documents, schema, constraint, args.max_new_tokens, args.batch_size, first)
 
         def sure(extraction):
             return confidences(model, tokenizer, vocab.table, extraction.pieces, extraction.value)
 
-        def answer(documents, first=1):
-            found = extract(
-                model, tokenizer, documents, schema, constraint, args.max_new_tokens, args.batch_size, first
-            )
-            return [result(e, d, schema, args.details, sure) for e, d in zip(found, documents, strict=True)]
+    def answer(documents, first=1):
+        found = read(documents, first)
+        return [result(e, d, schema, args.details, sure) for e, d in zip(found, documents, strict=True)]
 
     if args.out:
         keys = result_keys(name, schema, args.max_new_tokens, [r["document"] for r in rows], args.details)
@@ -111,7 +110,15 @@ def read_documents(document: str | None, data: Path | None, out: Path | None) ->
     return rows
 
 
-def result(extraction: Extraction, document: str, schema, with_details: bool, sure: Callable | None = None) -> dict:
+def warn(model_dir: str, schema) -> None:
+    """Say on standard error where a model was trained for no documents, or for another schema."""
+    if not (Path(model_dir) / "adapter_config.json").is_file():
+        print(f"warning: {model_dir}: no adapter: valid JSON of the schema need not be right", file=sys.stderr)
+    if warning := schema_warning(model_dir, schema):
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def result(extraction: Extraction, document: str, schema, with_details: bool, sure: Callable | None) -> dict:
     """{"output"[, "details"]} of one document, or {"error"}. sure(extraction): the confidence of each leaf."""
     if isinstance(extraction.value, UserError):
         return {"error": str(extraction.value)}
@@ -158,7 +165,7 @@ def write_results(
             part.append(*found)
         else:
             done += found
-            for line in whole(rows[at:], found):
+            for line in whole(rows[at : at + step], found):
                 print(json.dumps(line, ensure_ascii=False), flush=True)
     if part:
         write_jsonl(out, whole(rows, done))
@@ -174,7 +181,7 @@ def write_results(
 
 def whole(rows: list[dict], results: list[dict]) -> Iterator[dict]:
     """Each result after the fields of its row."""
-    for row, found in zip(rows, results, strict=False):  # rows of the next batches have no result yet
+    for row, found in zip(rows, results, strict=True):
         yield {k: v for k, v in row.items() if k not in OWN} | {k: v for k, v in found.items() if k != "key"}
 
 

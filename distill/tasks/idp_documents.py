@@ -30,15 +30,13 @@ def idp_prompt(schema, document: str) -> str:
 
 
 def schema_warning(model_dir: str, schema) -> str | None:
-    """One line where a model was not trained to answer in this schema, by its run.json; None where it was, or may be.
+    """One line where an adapter was not trained to answer in this schema, by its run.json; None where nothing is known.
 
     The schema stands in the prompt, so another order of its keys or another description is another schema.
     """
-    if not (Path(model_dir) / "adapter_config.json").is_file():
-        return f"{model_dir}: no adapter: what it writes is valid JSON of the schema, which does not make it right"
     run = Path(model_dir) / "run.json"
     trained, asked = read_json(run).get("schema_sha256") if run.is_file() else None, schema_sha256(schema)
-    if trained is None or asked in trained:  # a run of before it was recorded says nothing
+    if trained is None or asked in trained:
         return None
     return f"{model_dir}: trained with schema {' and '.join(trained) or 'none'}, asked with {asked}: trust it less"
 
