@@ -112,8 +112,9 @@ def parsed(monkeypatch):
     def parse(command):
         python, script, *flags = shlex.split(command)
         found = []
-        monkeypatch.setattr("distill.files.cli", lambda main, parser: found.append(parser.parse_args(flags)))
-        runpy.run_path(str(ROOT / script), run_name="__main__")
+        with monkeypatch.context() as patched:
+            patched.setattr("distill.files.cli", lambda main, parser: found.append(parser.parse_args(flags)))
+            runpy.run_path(str(ROOT / script), run_name="__main__")
         assert python == "python"
         return found[0]
 
