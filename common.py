@@ -79,6 +79,8 @@ class Task:
             raise UserError(f"{path}: field 'labels': expected different labels without surrounding white space")
         if task.template.count("{input}") != 1:
             raise UserError(f"{path}: field 'template': expected {{input}} exactly once")
+        if task.columns and ("text" not in task.columns or len({*task.columns.values()}) < len(task.columns)):
+            raise UserError(f"{path}: field 'columns': expected one for the text, and different ones")
         return cls(task.name, tuple(labels), task.template, tuple(task.null_inputs), task.columns)
 
     @classmethod

@@ -28,6 +28,7 @@ from distill.files import ROOT, UserError, cli, file_sha256, write_json, write_j
 from distill.tasks.boosting import check_file, out_of_fold
 from distill.tasks.creditmix_twin import synthesize, write_profile
 from distill.tasks.label_rows import BALANCE, default_balance, init_task, read_label_rows, row_key, training_rows
+from distill.tasks.references import has_fields
 
 TASK = ROOT / "data" / "creditmix_task.json"
 
@@ -137,7 +138,7 @@ def count(rows: list[dict], labels: tuple) -> dict[str, int]:
 
 def print_counts(counts: dict[str, dict], labels: tuple) -> None:
     """Print {side: `count` of its rows} as a table, and the classes that a side does not have."""
-    table = pd.DataFrame(counts).fillna(0).astype(int)
+    table = pd.DataFrame(counts).fillna(0).astype(int).rename(index={"customers": "groups"})
     print((table if len(labels) > 6 else table.T).to_string())
     for label in labels if any(counts["written"][label] for label in labels) else ():
         if not counts["written"][label]:
@@ -154,6 +155,7 @@ def evaluation_flags(src, task_path, columns: str, balance: str | None, seed: in
     flags += ["--balance", balance] if balance else []
     flags += ["--seed", seed] if seed != SEED else []
     flags += ["--val_frac", val_frac] if val_frac != VAL_FRAC else []
+    flags += ["--test", "FILE"] if not val_frac else []  # nothing is held out
     return [str(flag) for flag in flags]
 
 
@@ -164,7 +166,8 @@ def next_commands(name: str, outdir: Path, labelled: bool, flags: list[str]) -> 
     teacher = [] if labelled else ["--teacher", "http://HOST/v1", "--teacher_model", "NAME"]
     train = ["python", f"{route}_train.py", "--data", str(outdir / f"{name}_{route}.jsonl"), "--save_dir", folder]
     evaluate = ["python", "eval_creditmix.py", "--model_dir", folder, *flags]
-    return [f"next: {shlex.join(train + teacher)}", f"      {shlex.join(evaluate)}"]
+    cpu = "    # without a GPU: --student smollm2-135m"
+    return [f"next: {shlex.join(train + teacher)}{cpu}", f"      {shlex.join(evaluate)}"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -194,17 +197,21 @@ def kd_rows(chosen: list[dict], unlabelled: list[dict], task: Task, seed: int) -
     own label as the answer; alone they would repeat the SFT file.
     """
     rows = [{"input": task.prompt(r["question"]), "output": r["answer"], **group_of(r)} for r in chosen]
-    try:
-        probs = out_of_fold(chosen, task.labels, seed) if chosen else []
-    except UserError as e:  # its teacher is another model
-        if not unlabelled:
-            print(f"no KD rows: {e}")
-            return []
-        rows = [{"teacher_output": r["output"], **r} for r in rows]
-    else:
+    probs, why = None, "gradient boosting teaches texts of fields, 'Key: value, Key: value'"
+    if has_fields(chosen):
+        try:
+            probs = out_of_fold(chosen, task.labels, seed)
+        except UserError as e:
+            why = str(e)
+    if probs is not None:
         for row, p in zip(rows, probs, strict=True):
             row["teacher_output"] = task.labels[p.argmax()]
             row["teacher_probs"] = {label: round(float(x), 6) for label, x in zip(task.labels, p, strict=True)}
+    elif unlabelled:
+        rows = [{"teacher_output": r["output"], **r} for r in rows]
+    else:
+        print(f"no KD rows: {why}; kd_train.py --teacher takes the SFT rows too")
+        return []
     return rows + [{"input": task.prompt(r["question"]), **group_of(r)} for r in unlabelled]
 
 

@@ -36,7 +36,7 @@ from common import (
     load_model,
     row_hash,
 )
-from distill.calibrate import class_shares, class_weights, fit_and_save, with_bias
+from distill.calibrate import class_shares, class_weights, fit_and_save, label_bias, with_bias
 from distill.evaluate import act_above, check_overlap, compare, metrics, overlap_record, trained_rows
 from distill.files import (
     ROOT,
@@ -84,7 +84,10 @@ def main(args):
     rows, dropped = read_label_rows(args.data, task, args.columns)
     train, held = holdout(rows, args.seed, args.val_frac)
     if args.test:
-        held, dropped = read_test_rows(args.test, task, args.columns, args.data, train, args.allow_overlap)
+        held, more = read_test_rows(args.test, task, args.columns, args.data, train, args.allow_overlap)
+        dropped += more
+    for reason, n in dropped.items():
+        print(f"dropped {n} rows: {reason}")
     labels_from, held = with_labels(args.test or args.data, held, task, teacher, args.model_dir[0])
     held = rows_per_class(held, task, args.val_per_class, args.seed)
     y = label_classes(args.test or args.data, held, "answer", task)
@@ -189,6 +192,8 @@ def with_labels(path: Path, held: list[dict], task: Task, teacher: Teacher | Non
     if gold and len(gold) < len(held):
         print(f"{len(held) - len(gold)} held-out rows have no label and are left out")
     if gold:
+        if teacher:
+            print(f"held-out rows have labels: --teacher {teacher.name} is not asked")
         return "gold", gold
     if not held:
         raise UserError(f"{path}: no held-out rows; expected more customers, a larger --val_frac, or --test FILE")
@@ -209,20 +214,6 @@ def dev_rows(trained_on: list[dict], task: Task, seed: int) -> list[dict]:
         for r in trained_on
     ]
     return dev_split(rows, seed, limit=DEV_ROWS)[1]
-
-
-def label_bias(pairs: list[str], task: Task) -> np.ndarray:
-    """["Standard=0.3"] -> float array [L] that is added to the scores."""
-    bias = np.zeros(len(task.labels))
-    for pair in pairs:
-        label, _, value = pair.rpartition("=")
-        try:
-            bias[task.labels.index(label)] = float(value)
-            if not np.isfinite(float(value)):
-                raise ValueError
-        except ValueError:
-            raise UserError(f"--label_bias {pair}: expected LABEL=NUMBER with a label of {task.labels}") from None
-    return bias
 
 
 def untrained_bases(names: list[str]) -> list[str]:

@@ -101,6 +101,20 @@ def fit_and_save(
     return fit, record
 
 
+def label_bias(pairs: list[str], task: Task) -> np.ndarray:
+    """["Standard=0.3"] (flags of --label_bias) -> float array [L] that is added to the scores. Errors: UserError."""
+    bias = np.zeros(len(task.labels))
+    for pair in pairs:
+        label, _, value = pair.rpartition("=")
+        try:
+            bias[task.labels.index(label)] = float(value)
+            if not np.isfinite(float(value)):
+                raise ValueError
+        except ValueError:
+            raise UserError(f"--label_bias {pair}: expected LABEL=NUMBER with a label of {task.labels}") from None
+    return bias
+
+
 def with_bias(fit: Calibration, bias: np.ndarray) -> Calibration:
     """The calibration with a bias [L] added to the scores before they are divided by T."""
     return replace(fit, b=tuple((np.array(fit.b or np.zeros(len(bias))) + bias).tolist()))

@@ -140,6 +140,10 @@ def test_columns_are_part_of_the_file_not_of_the_task(tmp_path):
     write_json(tmp_path / "t.json", bad)
     with pytest.raises(UserError, match="field 'columns': expected 'text', 'label' or 'group', got 'txt'"):
         Task.load(tmp_path / "t.json")
+    for columns in ({"label": "x"}, {"text": "x", "label": "x"}):
+        write_json(tmp_path / "t.json", bad | {"columns": columns})
+        with pytest.raises(UserError, match="field 'columns': expected one for the text, and different ones"):
+            Task.load(tmp_path / "t.json")
 
 
 # --- no row lost in silence
@@ -167,12 +171,15 @@ def test_nothing_is_thrown_away_unless_it_is_asked_for(tmp_path, capsys):
     assert written == json.loads((tmp_path / "my_split.json").read_text())["counts"]["training"]["rows"]
     printed = capsys.readouterr().out
     assert "balance:" not in printed
-    assert f"next: python sft_train.py --data {tmp_path}/my_sft.jsonl --save_dir runs/my_sft\n" in printed
+    assert f"next: python sft_train.py --data {tmp_path}/my_sft.jsonl --save_dir runs/my_sft " in printed
     evaluation = f"python eval_creditmix.py --model_dir runs/my_sft --data {src} --task my.json --val_frac 0.2\n"
     assert evaluation in printed
     prepare.prepare(src, tmp_path, TASK, val_frac=0.2, balance="smallest")
     kept = len(lines(tmp_path / "my_sft.jsonl"))
     assert f"balance: {kept} of {written} rows kept" in capsys.readouterr().out and kept < written / 2
+    prepare.prepare(src, tmp_path, TASK, val_frac=0)  # all of them, with a test file of its own
+    assert len(lines(tmp_path / "my_sft.jsonl")) == 100
+    assert "--val_frac 0 --test FILE\n" in capsys.readouterr().out
 
 
 def test_rows_without_a_label_wait_for_a_teacher(tmp_path, capsys):
@@ -237,7 +244,7 @@ def test_from_a_csv_to_a_served_answer(tiny, tmp_path, monkeypatch, capsys):
     task = tmp_path / "my_task.json"
     flags = "--text_column question --label_column type --init_task --val_frac 0.2"
     printed = shell(f"python creditmix_prepare.py --src {src} --task {task} --outdir {tmp_path} {flags}")
-    train, evaluate = (line.removeprefix("next:").strip() for line in printed.splitlines()[-2:])
+    train, evaluate = (line.removeprefix("next:").split("#")[0] for line in printed.splitlines()[-2:])
     adapter, report = tmp_path / "adapter", tmp_path / "report"
     short = ("--student", tiny, "--max_steps", 2, "--batch_size", 8, "--dev_rows", 8, "--lr", 0.01)
     shell(train, "--save_dir", adapter, *short)

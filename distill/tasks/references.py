@@ -13,8 +13,8 @@ from distill.tasks.tfidf import tfidf_regression
 
 
 def has_fields(rows: list[dict]) -> bool:
-    """Whether the texts of rows are 'Key: value, Key: value', which gradient boosting can read."""
-    return all(split_fields(r["question"]) for r in rows)
+    """Whether there are rows, and all texts are 'Key: value, Key: value', which gradient boosting can read."""
+    return bool(rows) and all(split_fields(r["question"]) for r in rows)
 
 
 def references(train: list[dict], trained_on: list[dict], held: list[dict], task: Task) -> dict:
