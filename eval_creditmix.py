@@ -93,7 +93,7 @@ def main(args):
     y = label_classes(args.test or args.data, held, "answer", task)
     groups = np.unique([r["group"] for r in held], return_inverse=True)[1]
     counts = ", ".join(f"{label} {(y == i).sum()}" for i, label in enumerate(task.labels))
-    print(f"{len(held)} held-out rows of {groups.max(initial=-1) + 1} customers: {counts}")
+    print(f"{len(held)} held-out rows of {groups.max(initial=-1) + 1} groups: {counts}")
     absent = [label for i, label in enumerate(task.labels) if i not in y]
     if absent:
         print(f"no held-out row is {', '.join(absent)}: macro-F1 is the mean of the other classes")

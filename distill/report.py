@@ -35,7 +35,7 @@ def table(report: dict, task: Task) -> str:
     for test in report["mcnemar"]:
         counts = f"{test['only_a_right']} against {test['only_b_right']} rows"
         p = test["permutation_p"]
-        p = f"p {'< 0.0001' if p < 1e-4 else f'= {p:.2g}'} by sign flips over {test['groups']} customers"
+        p = f"p {'< 0.0001' if p < 1e-4 else f'= {p:.2g}'} by sign flips over {test['groups']} groups"
         lines.append(f"{test['a']} / {test['b']}: right alone on {counts}, {p}")
     return "\n".join(lines + overlap_lines(report))
 
