@@ -20,7 +20,7 @@ from common import Task, label_classes, label_trie
 from distill.files import UserError, between, cli, positive
 from distill.hardware import cap_memory
 from distill.model.hub import base_config
-from distill.train.arguments import add_arguments, choose_settings, training_arguments
+from distill.train.arguments import add_arguments, best_metric, choose_settings, training_arguments
 from distill.train.data import KDRow, dataset, describe, encode, find_task_file, read_training_rows, split_rows
 from distill.train.memory import plan_micro_batch
 from distill.train.run import run_training
@@ -163,7 +163,7 @@ def main(args):
             micro_batch=micro_batch,
             eval_steps=args.eval_steps,
             evaluate=bool(dev),
-            best_metric="eval_label_log_loss" if task else "eval_loss",  # what inference ranks by
+            best_metric=best_metric(bool(task), learns_text=loss == "sequence"),
             precision=model.precision,
         ),
         remove_unused_columns=loss == "sequence",

@@ -9,7 +9,14 @@ import argparse
 from distill.files import cli
 from distill.model.hub import base_config
 from distill.tasks.augment import swap_label_rows
-from distill.train.arguments import add_arguments, add_swap_argument, choose_settings, passes_over, training_arguments
+from distill.train.arguments import (
+    add_arguments,
+    add_swap_argument,
+    best_metric,
+    choose_settings,
+    passes_over,
+    training_arguments,
+)
 from distill.train.data import SFTRow, dataset, describe, encode, find_task_file, read_training_rows, split_rows
 from distill.train.memory import plan_micro_batch
 from distill.train.run import run_training
@@ -83,7 +90,7 @@ def main(args):
             learning_rate=args.lr,
             eval_steps=args.eval_steps,
             evaluate=bool(dev),
-            best_metric="eval_label_log_loss" if task else "eval_loss",  # from the scores that inference ranks by
+            best_metric=best_metric(bool(task), learns_text=True),
             precision=model.precision,
             seed=args.seed,
         ),

@@ -57,7 +57,8 @@ for path in Path(sys.argv[1]).glob("*/*/*/*/run.json"):
         found[task, run, float(lr)].append(record)
 print("task          run       lr  steps  batch  seconds  seeds  development loss  accuracy")
 for (task, run, lr), records in sorted(found.items()):
-    loss[task, run, lr] = mean(r["best"] for r in records)
+    # of text, the share of tokens that greedy decoding gets wrong: what chooses the checkpoint
+    loss[task, run, lr] = mean(1 - r["best"] if "accuracy" in r["best_metric"] else r["best"] for r in records)
     accuracy = f" {mean(r['dev']['accuracy'] for r in records):9.3f}" if "dev" in records[0] else ""
     steps, batch, seconds = records[0]["steps"], records[0]["args"]["batch_size"], mean(r["seconds"] for r in records)
     print(f"{task:13} {run:5} {lr:6g} {steps:6} {batch:6} {seconds:8.0f} {len(records):6}", end="")

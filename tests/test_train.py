@@ -591,3 +591,23 @@ def test_weights_that_are_not_finite_are_not_written(data, tmp_path):
     with pytest.raises(UserError, match=r"lora_B\.1 holds NaN or infinity, so it is not written"):
         finish_run(checked(data, tmp_path / "a"), None, weights, {}, hashes={"x"}, history=[])
     assert not (tmp_path / "a").exists()
+
+
+def test_text_is_chosen_by_the_tokens_that_greedy_decoding_would_write(tiny, task, tmp_path):
+    from distill.train.arguments import best_metric
+
+    assert best_metric(True, learns_text=True) == "eval_label_log_loss"
+    assert best_metric(False, learns_text=True) == "eval_mean_token_accuracy"
+    assert best_metric(False, learns_text=False) == "eval_loss"
+    _, _, trainer = weights_after("sft", tiny, task, tmp_path)
+    rows = trainer.train_dataset
+    found = trainer.evaluate(rows)["eval_mean_token_accuracy"]
+    size, shares = trainer.args.eval_batch_size, []
+    with trainer.ema_weights(), torch.no_grad():
+        for start in range(0, len(rows), size):
+            right = []
+            for ids, labels in zip(*(rows[start : start + size][k] for k in ("input_ids", "labels")), strict=True):
+                top = trainer.model(input_ids=torch.tensor([ids])).logits[0, :-1].argmax(-1)
+                right += [t == y for t, y in zip(top.tolist(), labels[1:], strict=True) if y != -100]
+            shares.append(sum(right) / len(right))
+    assert 0 < found == pytest.approx(sum(shares) / len(shares), abs=1e-6)

@@ -106,6 +106,18 @@ def passes_over(rows: int, *, epochs: float, max_steps: int | None, batch_size: 
     return math.ceil(max_steps * batch_size / rows if max_steps else epochs)
 
 
+def best_metric(is_label_task: bool, learns_text: bool) -> str:
+    """The development metric that chooses the checkpoint.
+
+    A label task: the loss of the label scores, which inference ranks by. Text: the share of its tokens that greedy
+    decoding would choose. The loss of text is lowest long before its greedy answers are best (runs/README.md, IDP).
+    Distributions over tokens: their loss.
+    """
+    if is_label_task:
+        return "eval_label_log_loss"
+    return "eval_mean_token_accuracy" if learns_text else "eval_loss"
+
+
 def training_arguments(
     save_dir: Path,
     *,
@@ -124,7 +136,7 @@ def training_arguments(
     """What SFTConfig and DPOConfig have in common, as keyword arguments of either.
 
     rows: number of training rows. micro_batch: rows at once on each GPU, accumulated until they are batch_size rows.
-    evaluate: whether there are development rows. best_metric: the metric that chooses the checkpoint, lower is better.
+    evaluate: whether there are development rows. best_metric: the metric of them that chooses the checkpoint.
     precision: of the loaded base model (nf4, bf16, fp32).
     """
     import torch
@@ -162,7 +174,7 @@ def training_arguments(
         "save_total_limit": 2,
         "load_best_model_at_end": evaluate,
         "metric_for_best_model": best_metric,
-        "greater_is_better": False,
+        "greater_is_better": best_metric.endswith("accuracy"),
         "logging_steps": max(1, min(10, steps // 20)),
         "logging_nan_inf_filter": False,  # it would log the mean of earlier losses in place of a NaN
         "report_to": "tensorboard",

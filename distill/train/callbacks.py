@@ -12,6 +12,7 @@ LOGGED = {
     "loss": "loss",
     "learning_rate": "learning rate",
     "eval_loss": "development loss",
+    "eval_mean_token_accuracy": "token accuracy",
     "eval_accuracy": "accuracy",
     "eval_label_log_loss": "label log-loss",
 }

@@ -82,6 +82,7 @@ def train(trainer, run: Run, checkpoint: Path | None) -> tuple[dict, tuple | Non
         "steps": trainer.state.global_step,
         "train_loss": mean_loss(trainer.state.log_history),
         "best": trainer.state.best_metric,
+        "best_metric": trainer.args.metric_for_best_model,
         "seconds": round(seconds, 1),
         "samples_per_s": round(result.metrics["train_samples_per_second"], 2),
         "peak_gib": reserved and round(reserved, 2),

@@ -77,6 +77,7 @@ class StudentTrainer(EmaOfWeights, SplitsOnOutOfMemory):
         # a run that is stopped here goes on as if it had not been, and --eval_steps changes no weight
         with random_state_kept(), self.ema_weights():
             metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            metrics |= {k: v for k, v in self.state.log_history[-1].items() if k.startswith(metric_key_prefix)}
             if self.task and self.dev_rows:
                 raw, _, y = self.score_dev_rows()
                 scores = {"accuracy": float((raw.argmax(1) == y).mean()), "label_log_loss": log_loss(raw, y)}
