@@ -94,7 +94,7 @@ BATCHES = [
     (INPUTS[:1], ["sft"]),
     (INPUTS[:3], ADAPTERS[2:]),  # the inputs of an earlier pass with other adapters
     (INPUTS[::-1], ADAPTERS),
-    (INPUTS[:3], None),
+    (INPUTS[:3], None),  # the active adapter
 ]
 
 
@@ -102,7 +102,7 @@ BATCHES = [
 def test_passes_through_static_inputs_equal_plain_ones(tiny, tiny_adapter, task, rerun, prefix, monkeypatch):
     model, tokenizer = with_adapters(tiny, tiny_adapter)
     found, scorer = scores(model, tokenizer, task, BATCHES, prefix)
-    assert len(rerun) == len(scorer.forward.graphs) == 5  # of 8, 4, 2, 1 rows, and 4 of the active adapter
+    assert len(rerun) == len(scorer.forward.graphs) == 4  # of 8, 4, 2 and 1 rows
     assert sum(rerun) == len(rerun) + len(BATCHES)  # one replay each is its check
     monkeypatch.setattr(LabelGraphs, "key", lambda *args: None)
     expected, scorer = scores(model, tokenizer, task, BATCHES, prefix)
@@ -225,7 +225,7 @@ def test_recorded_passes_equal_plain_ones(tiny, tiny_adapter, task, precision, t
     model, tokenizer = with_adapters(tiny, tiny_adapter, precision)
     monkeypatch.setattr("distill.model.label_graph.PATIENCE", 0)
     found, scorer = scores(model, tokenizer, task, BATCHES * 2)
-    assert len(scorer.forward.graphs) == 5 and "without" not in capsys.readouterr().err
+    assert len(scorer.forward.graphs) == 4 and "without" not in capsys.readouterr().err
     monkeypatch.setattr(LabelGraphs, "key", lambda *args: None)
     expected, _ = scores(model, tokenizer, task, BATCHES * 2)
     for one, other in zip(found, expected, strict=True):

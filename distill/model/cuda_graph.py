@@ -16,9 +16,13 @@ Step = Callable[[], torch.Tensor | None]
 
 
 class Recording:
-    """A recorded pass. `output` is what step() gave; each replay writes it anew."""
+    """A recorded pass. `output` is what step() gave; each replay writes it anew.
+
+    inputs: tensors that it reads, where whoever records it keeps them for the next replay.
+    """
 
     def __init__(self, step: Step, pool: tuple[int, int]):
+        self.inputs: dict[str, torch.Tensor] = {}
         self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             # other threads may use the GPU meanwhile

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from distill.model.fp32_logits import fp32_logits
 from distill.model.label_graph import Inputs, LabelGraphs, stepped_shapes
 from distill.model.label_trie import LabelTrie
-from distill.model.stacked_lora import StackedAdapters, stackable
+from distill.model.stacked_lora import StackedAdapters, lora_layers, stackable
 from distill.model.token_tree import additive, attention_window, path_ids, tree_batch, tree_mask_unsupported_reason
 
 MAX_ROWS = 128  # of one batch
@@ -76,12 +76,26 @@ class LabelForward:
         """The adapters side by side; None for DoRA, embeddings and the like."""
         return StackedAdapters(self.model) if stackable(self.model) else None
 
+    @functools.cached_property
+    def active(self) -> str | None:
+        """The active adapter where it can be computed side by side with others, in fewer kernels than by PEFT."""
+        if not (self.trees and hasattr(self.model, "peft_config")) or torch.distributed.is_initialized():
+            return None  # FSDP lends a layer's weights only while that layer's own module runs
+        from distill.model.active_adapter import adapters_off
+
+        names, layers = self.model.active_adapters, lora_layers(self.model)
+        fused = any("forward" in vars(layer) for layer in layers)  # in training; they take few kernels as they are
+        if len(names) != 1 or adapters_off(self.model) or fused:
+            return None
+        return names[0] if self.stack else None
+
     @torch.inference_mode()
     def scores(self, rows: list[list[int]], adapters: list[str] | None = None) -> torch.Tensor:
         """Length-normalised log-likelihoods [B, L] on the model's device.
 
         rows: B token id lists. adapters: B adapter names ("__base__" for none), or None for the active adapter.
         """
+        adapters = adapters or (self.active and [self.active] * len(rows))
         n, width = len(self.prefix), max(map(len, rows)) + len(self.trie.nodes)
         if not self.trees or width > self.window:
             return self._label_scores(self.separate_logits(rows, adapters))
@@ -104,20 +118,16 @@ class LabelForward:
 
         adapters: names that the prompts will use, or None for the active one. Nothing more is begun after `seconds`.
         """
-        n, before, patience, until = (
-            len(self.prefix),
-            len(self.graphs),
-            self.graphs.patience,
-            time.monotonic() + seconds,
-        )
         if not (self.trees and self.graphs.enabled):
             return 0
-        shortest, longest = (max(1, tokens - n) + len(self.trie.nodes) for tokens in (shortest, longest))
+        until, before, patience = time.monotonic() + seconds, len(self.graphs), self.graphs.patience
+        n, nodes = len(self.prefix), len(self.trie.nodes)
+        shortest, longest = (max(1, tokens - n) + nodes for tokens in (shortest, longest))
         self.graphs.patience = 0
         for rows, width in stepped_shapes(shortest, longest):
             if time.monotonic() >= until:
                 break
-            prompt = self.prefix + [self.pad] * (min(width, longest) - len(self.trie.nodes))
+            prompt = self.prefix + [self.pad] * (min(width, longest) - nodes)
             self.scores([prompt] * rows, adapters and [adapters[i % len(adapters)] for i in range(rows)])
         self.graphs.patience = patience
         return len(self.graphs) - before
