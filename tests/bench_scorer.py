@@ -1,4 +1,4 @@
-"""What label scores cost: against one plain prefill of the same prompts and, on a GPU, with and without CUDA graphs.
+"""What label scores cost: against one plain prefill of the same prompts; in bf16 on a CPU; with CUDA graphs on a GPU.
 
     python tests/bench_scorer.py            # or: make bench; the embedded student
     python tests/random_model.py 3b runs/random-3b
@@ -15,14 +15,16 @@ import time
 from pathlib import Path
 
 import torch
+from scipy.special import softmax
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from random_model import with_adapters
 
-from common import LabelScorer, Task, completion_ids, load_model, prompt_ids
-from distill.files import ROOT, cli
-from distill.model.hub import EMBEDDED
+from common import Calibration, LabelScorer, Task, completion_ids, load_model, prompt_ids
+from distill.files import ROOT, cli, read_json
+from distill.hardware import choose_precision
+from distill.model.hub import EMBEDDED, base_config
 
 THREE = ("Good", "Standard", "Bad")
 TWENTY = tuple(
@@ -75,6 +77,28 @@ def compare_with_prefill(model, tokenizer, task):
         print(f"{name:34} {seconds / best['plain prefill']:5.2f}x")
 
 
+def compare_precisions(task):
+    """Print how fast a CPU scores rows with the shipped adapter in bf16 and in fp32, and how far the answers differ."""
+    folder, found, speed = ROOT / "runs" / "smollm2_sft", {}, {}
+    calibration, rows = Calibration.load(folder, task), read_json(ROOT / "data" / "creditmix_dataset.json")[:1600:50]
+    prompts = [task.prompt(row["question"]) for row in rows]
+    for precision in ("fp32", "bf16"):
+        scorer = LabelScorer(*load_model(folder, precision), task.labels, task.null_prompts())
+        prior, seconds = scorer.prior(task), []
+        for _ in range(2):
+            start = time.thread_time()  # the CPU's other work does not count
+            raw = scorer.score(prompts)
+            seconds.append(time.thread_time() - start)
+        found[precision], speed[precision] = softmax(calibration(raw, prior), 1), len(rows) / min(seconds)
+    apart, same = (found["bf16"] - found["fp32"]), found["bf16"].argmax(1) == found["fp32"].argmax(1)
+    chosen, why = choose_precision(base_config(EMBEDDED)[1])
+    print(
+        f"\nbf16 {speed['bf16']:.1f} rows/s, fp32 {speed['fp32']:.1f}: {speed['bf16'] / speed['fp32']:.2f}x; the same "
+        f"label on {same.sum()} of {len(rows)} rows, probabilities within {abs(apart).max():.3f}\n"
+        f"--precision auto: {chosen} ({why})"
+    )
+
+
 def compare_with_graphs(name, precision, task):
     """Print what passes of some sizes take launched kernel by kernel and replayed, and scoring many rows."""
     torch.cuda.reset_peak_memory_stats()
@@ -124,7 +148,9 @@ def main(args):
     task = Task.load(ROOT / "data" / "creditmix_task.json")
     if args.model_dir == EMBEDDED:
         compare_with_prefill(*load_model(EMBEDDED, "fp32"), task)
-    if torch.cuda.is_available():
+    if not torch.cuda.is_available():
+        compare_precisions(task)
+    else:
         for precision in args.precisions:
             compare_with_graphs(args.model_dir, precision, task)
 

@@ -34,6 +34,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "CUDA_VISIBLE_DEVICES": "",
+    "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",  # no bf16 instructions: the scripts choose fp32 on every CPU
 }
 
 

@@ -191,7 +191,7 @@ PROMPTS = ["Age: 23.0", "Age: 41.0, Occupation: Writer, Annual Income: 30022.71"
 @pytest.mark.parametrize("labels", [("Good", "Standard", "Bad"), SIX])
 @pytest.mark.parametrize("with_head", [False, True])
 def test_packed_scores_equal_one_forward_a_label(tiny, task, labels, with_head):
-    model, tokenizer = load_model(tiny)
+    model, tokenizer = load_model(tiny, "fp32")
     prompts = [task.prompt(p) for p in PROMPTS]
     scorer = LabelScorer(model, tokenizer, labels, task.null_prompts() if with_head else ())
     assert bool(scorer.forward.prefix) == with_head
@@ -256,14 +256,14 @@ def test_trie_scores_by_hand():
 def test_rows_of_one_batch_on_different_adapters(tiny, tiny_adapter, task):
     from common import load_base
 
-    model, tokenizer = load_base(tiny)
+    model, tokenizer = load_base(tiny, "fp32")
     for name in ("sft", "kd"):
         model = add_adapter(model, tiny_adapter(name), name)
     prompts = [task.prompt(p) for p in PROMPTS[:3]]
     mixed = LabelScorer(model, tokenizer, task.labels, task.null_prompts())
     found = mixed.score(prompts, adapters=["__base__", "sft", "kd"])
     for row, name in enumerate([tiny, tiny_adapter("sft"), tiny_adapter("kd")]):
-        alone = LabelScorer(*load_model(name), task.labels, task.null_prompts()).score(prompts)
+        alone = LabelScorer(*load_model(name, "fp32"), task.labels, task.null_prompts()).score(prompts)
         assert np.abs(found[row] - alone[row]).max() < 1e-5
 
 

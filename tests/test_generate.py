@@ -40,7 +40,7 @@ SCHEMA = json.loads((ROOT / "data" / "sroie_schema.json").read_text())
 
 @pytest.fixture(scope="module")
 def loaded(tiny):
-    return load_model(tiny)
+    return load_model(tiny, "fp32")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def with_generation_config(tiny, tmp_path):
         folder = tmp_path / "model"
         shutil.copytree(tiny, folder)
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, **settings}))
-        return load_model(folder)
+        return load_model(folder, "fp32")
 
     return make
 
@@ -145,7 +145,7 @@ def test_other_architectures_go_through_transformers_generate_and_say_why_once(l
 
 def test_adapters_on_off_and_changed(loaded, tiny_adapter, tiny):
     tokenizer, prompts = loaded[1], random_prompts(4)
-    model, _ = load_model(tiny_adapter("one"))
+    model, _ = load_model(tiny_adapter("one"), "fp32")
     model.load_adapter(tiny_adapter("two"), adapter_name="two")
     found = {}
     for name in ("default", "two", "default"):
@@ -154,7 +154,7 @@ def test_adapters_on_off_and_changed(loaded, tiny_adapter, tiny):
         assert found[name] == [by_transformers(model, ids, 12) for ids in prompts]
     with model.disable_adapter():
         found["base"] = tokens_of(generate(model, tokenizer, prompts, 12))
-    assert found["base"] == tokens_of(generate(load_model(tiny)[0], tokenizer, prompts, 12))
+    assert found["base"] == tokens_of(generate(load_model(tiny, "fp32")[0], tokenizer, prompts, 12))
     with torch.no_grad():
         for parameter in (p for n, p in model.named_parameters() if "lora_B.default" in n):
             parameter.mul_(-1)

@@ -53,7 +53,7 @@ def narrow(tiny, tiny_adapter, tmp_path_factory):
 
 def offline(folder, task, texts, name):
     """What infer_creditmix.py computes for these texts."""
-    model, tokenizer = load_model(folder)
+    model, tokenizer = load_model(folder, "fp32")
     scorer = LabelScorer(model, tokenizer, task.labels, task.null_prompts())
     raw = scorer.score([task.prompt(text) for text in texts])
     return answers(task, raw, scorer.prior(task), Calibration.load(folder, task), name)

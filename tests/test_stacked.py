@@ -13,7 +13,7 @@ ATTENTION, MLP = ["q_proj", "v_proj"], ["gate_proj", "down_proj"]
 def with_adapters(tiny, **configs):
     """The tiny model with random adapters of these LoraConfig arguments."""
     torch.manual_seed(0)
-    model, tokenizer = load_base(tiny)
+    model, tokenizer = load_base(tiny, "fp32")
     for name, arguments in configs.items():
         config = LoraConfig(task_type="CAUSAL_LM", **arguments)
         if hasattr(model, "peft_config"):
