@@ -7,9 +7,10 @@ Rows {"input", "teacher_output"} are trained on as text (sequence KD). Where row
 the loss is on the label distribution itself, through the scores that inference ranks by. --teacher answers rows without
 teacher_output: a model (scored as in inference for a label task, greedy text else), gradient-boosting on the rows' own
 fields, or an OpenAI-compatible endpoint, which gives text or label probabilities (--teacher_api), at once or by the
-Batch API (--batch_out, --batch_in), up to --max_cost. With a model as the teacher of free text, the loss is on its
-distribution over every token of the answers: the top-k log-probs are kept on disk, so the two never share the memory.
-With --on_policy that loss is on answers of the student, written anew in each round (distill/train/on_policy.py).
+Batch API (--batch_out, --batch_in), up to --max_cost. Without any rows, it writes them too (--generate). With a model
+as the teacher of free text, the loss is on its distribution over every token of the answers: the top-k log-probs are
+kept on disk, so the two never share the memory. With --on_policy that loss is on answers of the student, written anew
+in each round (distill/train/on_policy.py).
 """
 
 import argparse
@@ -22,6 +23,7 @@ from distill.hardware import cap_memory
 from distill.model.hub import base_config
 from distill.train.arguments import add_arguments, best_metric, choose_settings, training_arguments
 from distill.train.data import KDRow, dataset, describe, encode, find_task_file, read_training_rows, split_rows
+from distill.train.generated_rows import agreement, generate_data, read_description
 from distill.train.memory import plan_micro_batch
 from distill.train.run import run_training
 from distill.train.run_folder import check_run, start_run
@@ -41,14 +43,23 @@ from distill.train.teachers import (
 
 
 def main(args):
-    # The rows, and the teacher that answers those without teacher_output.
+    # The rows, and the teacher that answers those without teacher_output. With --generate it writes their inputs first.
     task_path = find_task_file(args.data, args.task)
-    rows, task = read_kd_rows(args.data, task_path, has_teacher=bool(args.teacher))
-    teacher = None
-    if args.teacher:
+    endpoint, generated = None, None
+    if args.teacher and "://" in args.teacher:
         prices = args.price_in, args.price_out, args.max_cost
         endpoint = Endpoint(args.teacher, args.teacher_model, args.teacher_timeout, args.teacher_api, *prices)
-        teacher = Teacher(args.teacher, args.precision, endpoint if "://" in args.teacher else None)
+    if args.generate:
+        description = read_description(endpoint, task_path, args.examples, args.exclude)
+        tokenizer = base_config(args.student)[2]
+        limits = {"data": args.data, "max_len": args.max_len}
+        generated = generate_data(
+            endpoint, args.generate, description, tokenizer, **limits, seed=args.seed, yes=args.yes
+        )
+        endpoint = endpoint.after(generated["cost"])
+    rows, task = read_kd_rows(args.data, task_path, has_teacher=bool(args.teacher))
+    teacher = Teacher(args.teacher, args.precision, endpoint) if args.teacher else None
+    if teacher:
         check_teacher(teacher, args.student, task)
     if (args.batch_out or args.batch_in) and not (teacher and teacher.endpoint):
         raise UserError("--batch_out, --batch_in: expected --teacher http://host/v1, whose requests they hold")
@@ -122,6 +133,8 @@ def main(args):
     dev, dropped_dev = encode(tokenizer, dev, args.max_len, "input", "teacher_output")
     dev = [{**row, "answer": row.get("output") or row["teacher_output"]} for row in dev]  # the true one, if known
     record = describe(tokenizer, train, dropped, dropped_dev) | taught | {"teacher": args.teacher}
+    if generated:
+        record["generated"] = generated | agreement(rows)
     top_k = None
     if learns_token_distribution(teacher, task):
         top_k = TopK(teacher, args.student, train + dev, args.top_k, cache_folder(args.data))

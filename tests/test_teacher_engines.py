@@ -5,13 +5,15 @@ TEACHER_URL=http://127.0.0.1:8000/v1 TEACHER_MODEL=NAME TEACHER_API=systemone py
 """
 
 import importlib.util
+import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from common import load_model, prompt_ids
+from common import Task, load_model, prompt_ids
+from distill.model.hub import base_config
 from distill.train.teacher_apis import APIS, ChatLogprobs, Position, label_mass
 from distill.train.teacher_endpoint import Endpoint, ask_endpoint
 from distill.train.teachers import Teacher, teach
@@ -57,6 +59,30 @@ def test_llama_cpps_log_probs_are_those_of_the_same_weights_here(llama_cpp, task
         listed = [{"token": tokenizer.decode(i), "logprob": logp[i].item()} for i in logp.topk(20).indices.tolist()]
         expected, _ = label_mass([Position.model_validate({**listed[0], "top_logprobs": listed})], task.labels, True)
         assert sum(expected.values()) > 0.05 and found == pytest.approx(expected, abs=0.03)
+
+
+@pytest.mark.extra("xllamacpp")
+def test_llama_cpp_writes_inputs_and_what_cannot_be_used_is_counted(llama_cpp, tmp_path):
+    from distill.train.generated_rows import Description, generate_rows
+
+    mood = Task("mood", ("glad", "sad"), "Is the writer glad or sad?\n\n{input}", ("",))
+    examples = [
+        "The sun is out and so am I",
+        "It rained on my picnic",
+        "We won the cup",
+        "My dog ran off",
+        "Tea at last",
+    ]
+    tokenizer = base_config("smollm2-135m")[2]
+    description, limits = Description(mood, examples, []), {"folder": tmp_path, "max_len": 200, "seed": 1}
+    rows, record = generate_rows(
+        Endpoint(llama_cpp, "m", price_in=1.0, price_out=1.0), 12, description, tokenizer, **limits
+    )
+    print(record, rows)  # so small a model seldom writes a list
+    stored = [json.loads(line) for line in Path(record["replies"]).read_text().splitlines()]
+    assert len({row["prompt"] for row in stored}) == len(stored) == record["requests"] <= 6
+    assert len({row["input"] for row in rows}) == len(rows) == sum(record["rows"].values())
+    assert record["input_tokens"] > 100 * record["requests"] and record["output_tokens"] > 0 and record["cost"] > 0
 
 
 @pytest.mark.skipif("TEACHER_URL" not in os.environ, reason="no TEACHER_URL")

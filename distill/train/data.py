@@ -12,7 +12,7 @@ from common import (
     row_hash,
     unit_hash,
 )
-from distill.files import FilledText, StrictModel, Text, UserError, read_rows
+from distill.files import FilledText, StrictModel, Text, UserError, printable, read_rows
 
 
 def find_task_file(data: Path, given: Path | None = None) -> Path | None:
@@ -142,7 +142,7 @@ def describe(tokenizer, rows: list[dict], dropped: dict[str, int], dropped_dev: 
     print(f"{len(rows)} rows; tokens per row: median {at[50]}, 95% {at[95]}, max {at[100]}; {gone or 'none'} dropped")
     n = rows[0]["labels"].count(-100)
     prompt, trained = tokenizer.decode(rows[0]["input_ids"][:n]), tokenizer.decode(rows[0]["input_ids"][n:])
-    print(f"one row, the trained tokens between >>> and <<<:\n{prompt}>>>{trained}<<<")
+    print(printable(f"one row, the trained tokens between >>> and <<<:\n{prompt}>>>{trained}<<<"))
     return {
         "rows_dropped": dropped,
         "dev_rows_dropped": dropped_dev,

@@ -16,7 +16,7 @@ from distill.run_record import run_record
 
 # flags that a resumed run may change; all others must be equal, so that a new flag is never forgotten
 CHANGEABLE = {"save_dir", "resume_from_checkpoint", "overwrite", "micro_batch", "max_vram_gb", "eval_steps"}
-CHANGEABLE |= {"teacher_timeout", "price_in", "price_out", "max_cost"}
+CHANGEABLE |= {"teacher_timeout", "price_in", "price_out", "max_cost", "yes"}
 
 # what finish_run leaves, in the order in which --overwrite removes it: without its weights a folder is no adapter
 RUN_FILES = ["adapter_model.safetensors", "adapter_config.json", "calibration.json", "task.json", "train_rows.txt"]
@@ -280,11 +280,17 @@ def write_card(run: Run, record: dict, lora_r: int) -> None:
             f"- development accuracy {record['dev']['accuracy']:.3f} on {record['dev']['rows']} rows (fitted), those "
             "that chose checkpoint and calibration: eval_creditmix.py has the held-out figure"
         )
-    given = {
-        k: v for k, v in run.settings.items() if v is not None and k not in ("resume_from_checkpoint", "overwrite")
-    }
-    flags = shlex.join(str(word) for k, v in given.items() for word in (f"--{k}", v))
+    given = [(k, v) for k, v in run.settings.items() if k not in ("resume_from_checkpoint", "overwrite")]
+    flags = shlex.join(word for k, v in given for word in flag_words(k, v))
     lines += ["", "Made by:", "", f"    python {Path(sys.argv[0]).name} {flags}", ""]
     lines += ["The figures are those of `run.json`, which also has versions, hardware and the loss.", ""]
     with atomic_write(run.folder / "README.md") as f:
         f.write("\n".join(lines))
+
+
+def flag_words(name: str, value) -> list[str]:
+    """A flag as it stands on the command line: none for None, False and an empty list, several words for a list."""
+    if value is None or value is False or value == []:
+        return []
+    values = [] if value is True else value if isinstance(value, list) else [value]
+    return [f"--{name}", *map(str, values)]

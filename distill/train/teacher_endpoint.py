@@ -10,7 +10,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pydantic import AnyHttpUrl, TypeAdapter, ValidationError
 
@@ -56,6 +56,10 @@ class Endpoint:
     def protocol(self, task: Task | None, max_tokens: int) -> Chat | SystemOne:
         """max_tokens: the most that a free text may have."""
         return APIS[self.api](self.model, task, max_tokens)
+
+    def after(self, cost: float | None) -> "Endpoint":
+        """The same endpoint with what is left of max_cost."""
+        return self if self.max_cost is None else replace(self, max_cost=max(0.0, self.max_cost - (cost or 0.0)))
 
     def cost(self, input_tokens: int, output_tokens: int) -> float | None:
         """None where a price is unknown."""

@@ -37,6 +37,12 @@ def add_teacher_arguments(parser: argparse.ArgumentParser) -> None:
     add("--price_in", type=positive(float), help="price of a million tokens of prompts, at an http teacher")
     add("--price_out", type=positive(float), help="price of a million tokens of answers")
     add("--max_cost", type=positive(float), help="ask no more when the answers of these rows have cost so much")
+    add(
+        "--generate", type=positive(int), metavar="N", help="have an http teacher write N inputs for --task into --data"
+    )
+    add("--examples", type=Path, help="what they are like: at least five rows, with or without labels")
+    add("--exclude", nargs="+", default=[], help="rows to evaluate on: an input that is like one of them is dropped")
+    add("--yes", action="store_true", help="use the inputs without asking whether they are good")
     add("--batch_out", type=Path, help="write the requests to a file for the OpenAI Batch API, and stop")
     add("--batch_in", nargs="+", help="read the results of the Batch API instead of asking")
 
