@@ -46,7 +46,7 @@ test-extra: setup
 	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	  > "$$($(EXTRA) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
 	@$(EXTRA) -m pip install --quiet --disable-pip-version-check -r requirements-export.txt -r requirements-ray.txt \
-	  -r requirements-pdf.txt
+	  -r requirements-pdf.txt -r requirements-clients.txt
 	@OMP_NUM_THREADS=1 $(EXTRA) -m pytest -n 2 -m extra -rs
 
 bench: setup

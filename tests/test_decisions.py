@@ -8,12 +8,16 @@ import openai
 import pytest
 from scipy.special import softmax
 from serving import LONG, Server, rows
+from teaching import cached, flags, lines
+from transformers import AutoTokenizer
 
 from common import LabelScorer, completion_ids, load_model, prompt_ids
 from distill.serve.decision_prompt import NULL_STATES, content_text, decision_prompt, question_text
 from distill.serve.errors import problem
 from distill.serve.question_scorer import Branch, QuestionScorer
 from distill.serve.systemone import confidence
+from distill.train.teacher_endpoint import Endpoint
+from distill.train.teachers import Teacher, teach
 
 MODELS = ("base", "sft", "kd", "dpo")
 TEXT = rows(1)[0]
@@ -142,6 +146,39 @@ def test_ten_questions_are_one_pass_and_a_hundred_a_few(server):
     assert 1 < count < 5
     alone = ask(server, {"96": {"type": "noul", "instructions": "Is it 96?"}}, model="base")
     assert answers["96"]["noul"] == pytest.approx(alone["96"]["noul"], abs=1e-4)
+
+
+# The server as a teacher
+
+
+@pytest.mark.parametrize("api", ["systemone", "decisions"])
+def test_the_server_teaches_what_infer_answers(server, task, tiny, tmp_path, monkeypatch, api):
+    monkeypatch.setenv("OPENAI_API_KEY", "open sesame")
+    url = f"http://127.0.0.1:{server.port}/v1"
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    asked = [{"input": task.prompt(text)} for text in rows(8)]
+    teacher = Teacher(url, endpoint=Endpoint(url, "kd", api=api))
+    taught, _ = teach(teacher, asked, task, tokenizer, data=tmp_path / "c_kd.jsonl", max_len=1024, seed=0)
+    for row, want in zip(taught, server.infer("kd", rows(8))[1], strict=True):
+        assert row["teacher_probs"] == pytest.approx(want["probabilities"], abs=1e-3)
+        assert row["teacher_output"] == want["prediction"]
+
+
+def test_kd_train_learns_from_a_served_adapter(server, run, tiny, task, jsonl, tmp_path):
+    task.save(tmp_path / "creditmix_task.json")
+    texts = rows(12)
+    asked = [{"input": task.prompt(text), "group": str(i)} for i, text in enumerate(texts)]
+    data = jsonl("creditmix_kd.jsonl", asked)
+    teacher = {"teacher": f"http://127.0.0.1:{server.port}/v1", "teacher_model": "sft", "teacher_api": "systemone"}
+    env = {"OPENAI_API_KEY": "open sesame"}
+    done = run("kd_train.py", *flags(tiny, data, tmp_path / "student", **teacher), env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "student" / "run.json").read_text())["loss"] == "label distribution"
+    (answers,) = cached(data, "answers")
+    stored = {one["prompt"]: one["probabilities"] for one in lines(answers)}
+    assert len(stored) == 12
+    for text, want in zip(texts, server.infer("sft", texts)[1], strict=True):
+        assert stored[task.prompt(text)] == pytest.approx(want["probabilities"], abs=1e-3)
 
 
 # What is refused, and how

@@ -670,6 +670,17 @@ def test_the_page_in_a_browser(server, tmp_path):
             ["bash", "-c", f"API_KEY='open sesame'; {command} -s"], capture_output=True, text=True, timeout=60
         )
         same(json.loads(done.stdout), server.infer("kd", line)[1])
+        page.run("document.querySelector('#ask button').click()")
+        page.until("document.querySelectorAll('#answers .answer').length === 3")
+        shown = page.run("[...document.querySelectorAll('#answers section')].map(x => x.textContent)")
+        said = ("calibration: fitted", "null prior only", "medium")
+        assert all(part in text for part, text in zip(said, shown, strict=True))
+        got = server.infer("sft", line)[1]["prediction"]
+        assert page.run("document.querySelector('#answers .answer').textContent") == got
+        page.run("document.getElementById('questions').value = 'Which? | a'")
+        page.run("document.querySelector('#ask button').click()")
+        page.until("document.querySelector('#answers .problem')")
+        assert "at least 2 items" in page.run("document.getElementById('answers').textContent")
         page.screenshot(tmp_path / "serve_page.png")
         assert (tmp_path / "serve_page.png").stat().st_size > 10_000
         assert page.run("performance.getEntriesByType('resource').every(e => e.name.startsWith(location.origin))")
