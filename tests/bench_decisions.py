@@ -106,7 +106,7 @@ def order(base, precision, adapter):
         moved, other, count = [], 0, 0
         for question, options in CHOICES.items():
             scorer = LabelScorer(model, tokenizer, options)
-            states = [LETTER, *rows(19)]
+            states = [LETTER, *rows(5)]
             found = []
             for shown in itertools.permutations(options):
                 text = question_text(question, [(option, "") for option in shown])
@@ -130,5 +130,5 @@ if __name__ == "__main__":
         "--adapter", default=str(ROOT / "runs" / "smollm2_sft"), help="also in another order (runs/smollm2_sft)"
     )
     p.add_argument("--precision", help="of the base model (default: auto)")
-    p.add_argument("--rounds", type=int, default=10, help="of one and ten questions (default: 10)")
+    p.add_argument("--rounds", type=int, default=5, help="of one and ten questions (default: 5)")
     cli(main, p)
