@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from common import Task, label_classes, label_trie
+from distill.evaluate import trained_rows
 from distill.files import UserError, between, cli, positive
 from distill.hardware import cap_memory
 from distill.model.hub import base_config
@@ -97,6 +98,7 @@ def main(args):
         training_arguments, args.save_dir, batch_size=args.batch_size, learning_rate=args.lr, seed=args.seed
     )
     softened = {"temperature": args.temperature, "alpha": args.alpha}
+    seen = (teacher and trained_rows(teacher.name)) or ()  # through the teacher's adapter the student knows them too
     cap_memory(args.max_vram_gb)  # the teacher's too
     if args.on_policy:
         from distill.train.on_policy import train_on_policy
@@ -117,6 +119,7 @@ def main(args):
             top_k=args.top_k,
             seed=args.seed,
             loss=partial(token_loss, **softened),
+            earlier_hashes=seen,
             plan=plan,
             arguments=arguments,
         )
@@ -194,7 +197,7 @@ def main(args):
         dev_rows=dev,
         task=task,
     )
-    run_training(trainer, run, {**record, "loss": loss})
+    run_training(trainer, run, {**record, "loss": loss}, earlier_hashes=seen)
 
 
 def read_kd_rows(path: Path, task_path: Path | None, *, has_teacher: bool) -> tuple[list[dict], Task | None]:

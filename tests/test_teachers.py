@@ -438,11 +438,13 @@ def test_token_level_training_moves_the_student_to_its_teacher(run, tiny, tiny_a
     model.save_pretrained(student)
     tokenizer.save_pretrained(student)
     teacher = tiny_adapter("token teacher", base=student)
+    (Path(teacher) / "train_rows.txt").write_text("0123456789abcdef\n")  # what a teacher has seen, its student knows
     data = jsonl("notes_kd.jsonl", texts(60))
     more = {"teacher": teacher, "max_steps": 60, "batch_size": 16, "micro_batch": 8, "lr": 0.01, "eval_steps": 30}
     done = run("kd_train.py", *flags(student, data, tmp_path / "a", **more))
     assert done.returncode == 0, done.stderr[-2000:]
     record = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert "0123456789abcdef" in (tmp_path / "a" / "train_rows.txt").read_text().split()
     assert record["loss"] == "token distribution" and record["teacher_tokens"]["top_k"] == 32
     assert "bytes a token" in done.stdout and "of the probability" in done.stdout
     rows, _ = encode(tokenizer, texts(60), 200, "input", "teacher_output")

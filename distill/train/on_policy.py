@@ -17,7 +17,7 @@ are up to a round old, and memory is that of one model.
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from accelerate.utils.memory import clear_device_cache
@@ -57,6 +57,7 @@ def train_on_policy(
     loss: Callable,
     plan: Callable[[list[dict]], int],
     arguments: Callable[..., dict],
+    earlier_hashes: Iterable[str] = (),
 ) -> None:
     """Train on the student's own answers to the rows' prompts, and write the adapter folder.
 
@@ -64,6 +65,7 @@ def train_on_policy(
     dev_rows: most development prompts, whose answers measure the student before each round and after the last one.
     max_len: tokens of prompt and answer together. top_k: tokens of the teacher that are kept. loss: see TokenTrainer.
     plan(rows): how many rows to compute at once. arguments: training_arguments, but for what a round decides.
+    earlier_hashes: hashes of the teacher's training rows.
     Errors: UserError for fewer than two steps a round.
     """
     tokenizer = base[2]
@@ -132,7 +134,7 @@ def train_on_policy(
         clear_device_cache(garbage_collection=True)
     results = [read_json(folder / str(number + 1) / "round.json") for number in range(rounds + 1)]
     record = {"loss": "token distribution, on-policy", "rows_dropped": dropped, "teacher": teacher.name}
-    finish_rounds(run, checkpoint, precision, record, asked, results)
+    finish_rounds(run, checkpoint, precision, record, asked, results, earlier_hashes)
 
 
 def open_rounds(run: Run) -> Path:
@@ -176,7 +178,15 @@ class StopAtStep(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-def finish_rounds(run: Run, policy: Path, precision: str, record: dict, rows: list[dict], results: list[dict]) -> None:
+def finish_rounds(
+    run: Run,
+    policy: Path,
+    precision: str,
+    record: dict,
+    rows: list[dict],
+    results: list[dict],
+    earlier_hashes: Iterable[str],
+) -> None:
     """Write the adapter folder from the last checkpoint, and remove what the rounds left.
 
     rows: the prompts that were trained on. results: the record of each round, and last the measurement after them.
@@ -197,7 +207,7 @@ def finish_rounds(run: Run, policy: Path, precision: str, record: dict, rows: li
         model,
         adapter_weights(model.state_dict()),
         {**run.record(), **record, **student_record(run, model, rows), **measured, "rounds": results},
-        hashes={h for row in rows for h in row["hashes"]},
+        hashes={h for row in rows for h in row["hashes"]} | set(earlier_hashes),
         history=history,
         train_rows=rows,
     )

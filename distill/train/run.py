@@ -12,8 +12,9 @@ from distill.train.run_folder import Run, checkpoints_in, finish_run
 def run_training(trainer, run: Run, record: dict, earlier_hashes: Iterable[str] = ()) -> dict:
     """Train from the start or from run.checkpoint, keep the best checkpoint and write the adapter folder.
 
-    trainer: a StudentTrainer. record: fields of run.json. earlier_hashes: hashes of rows that the weights were already
-    trained on. Returns the record with what was measured. Ctrl-C and SIGTERM save a checkpoint and exit.
+    trainer: a StudentTrainer. record: fields of run.json. earlier_hashes: hashes of rows that the weights or
+    the teacher's were already trained on. Returns the record with what was measured. Ctrl-C and SIGTERM save a
+    checkpoint and exit.
     """
     measured, scores = train(trainer, run, run.checkpoint)
     student = student_record(run, trainer.model, trainer.train_rows, trainer.task)
