@@ -11,17 +11,22 @@ Each output row repeats its input row, with its id and whatever else it holds, a
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from common import Calibration, LabelScorer, Task, answers, load_model
 from distill.files import ROOT, UserError, atomic_write, cli
 from distill.tasks.label_rows import read_texts
 
+TASK = ROOT / "data" / "creditmix_task.json"
+
 
 def main(args):
     if (args.features is None) == (args.input is None) or bool(args.input) != bool(args.output):
         raise UserError("expected either --features TEXT, or --input FILE with --output FILE")
-    task = Task.of(args.model_dir, args.task)
+    task = Task.of(args.model_dir, args.task or TASK)
+    if args.task:
+        task = replace(task, columns=Task.load(args.task).columns)
     rows, texts = read_texts(args.input, task) if args.input else ([{}], [features_text(args.features)])
     calibration = Calibration.load(args.model_dir, task).for_prior(args.class_prior, task)
     found = classify(args.model_dir, task, calibration, texts, args.precision)
@@ -55,13 +60,12 @@ def classify(model_dir: str, task: Task, calibration: Calibration, texts: list[s
 
 
 if __name__ == "__main__":
-    task_file = ROOT / "data" / "creditmix_task.json"
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model_dir", required=True, help="adapter folder, model folder, hub id or smollm2-135m")
     p.add_argument("--features", help="the features text of one row; the answer is printed as JSON")
     p.add_argument("--input", type=Path, help="CSV, JSON or JSONL file of rows with the text; - for standard input")
     p.add_argument("--output", type=Path, help="JSONL file of the answers, written whole at the end; - to print")
-    p.add_argument("--task", type=Path, default=task_file, help="for a model without task.json")
+    p.add_argument("--task", type=Path, help="columns of the rows, and the task of a model without task.json")
     p.add_argument(
         "--class_prior", metavar="natural|balanced|JSON|FILE", help="class mix to answer for; default: that of training"
     )

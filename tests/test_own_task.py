@@ -268,9 +268,11 @@ def test_from_a_csv_to_a_served_answer(tiny, tmp_path, monkeypatch, capsys):
     out = again("--test", unlabelled, "--teacher", tiny)
     assert f"this is agreement with the teacher {tiny}" in out and "agreement [95%]" in out and "accuracy" not in out
 
-    infer = f"python infer_creditmix.py --model_dir {adapter} --input - --output -"
-    answers = [json.loads(line) for line in shell(infer, stdin=unlabelled.read_text()).splitlines()]
-    assert [(a["id"], a["question"], a["prediction"] in ("place", "time")) for a in answers] == [
+    renamed = tmp_path / "renamed_task.json"  # these rows have another name for the text
+    write_json(renamed, json.loads(task.read_text()) | {"columns": {"text": "query"}})
+    infer = f"python infer_creditmix.py --model_dir {adapter} --task {renamed} --input - --output -"
+    answers = [json.loads(line) for line in shell(infer, stdin="id,query\n1,Where?\n2,When?\n3,Why?\n").splitlines()]
+    assert [(a["id"], a["query"], a["prediction"] in ("place", "time")) for a in answers] == [
         ("1", "Where?", True),
         ("2", "When?", True),
         ("3", "Why?", True),
