@@ -91,8 +91,10 @@ def test_texts_with_several_labels_are_dropped_and_counted(tmp_path):
 
 
 def test_rows_to_classify_keep_all_their_fields(tmp_path):
-    path = write(tmp_path / "a.csv", "id,question\n7,Where?\n")
-    assert read_texts(path, TASK) == ([{"id": "7", "question": "Where?"}], ["Where?"])
+    path = write(tmp_path / "a.csv", "label,question\n7,Where?\n")  # a column like our own name for another
+    assert read_texts(path, TASK) == ([{"label": "7", "question": "Where?"}], ["Where?"])
+    only_text = Task("my", TASK.labels, "{input}", ("",), {"text": "question"})
+    assert read_label_rows(path, only_text)[0] == [{"question": "Where?", "answer": None, "group": "Where?"}]
     with pytest.raises(UserError, match=r"a.csv:1: no column 'text'"):
         read_texts(path, Task("my", TASK.labels, "{input}", ("",), {"text": "text"}))
 

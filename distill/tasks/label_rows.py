@@ -79,8 +79,9 @@ def read_columns(path: str | Path, columns: dict[str, str]) -> list[dict]:
     model, rows = row_model(columns or COLUMNS), []
     for place, fields in read_fields(path, required):
         row = validate(place, fields, model)
-        label = None if row.label is None else str(row.label).strip()
-        group = customer(row.text) if row.group in (None, "") else str(row.group)
+        label, group = getattr(row, "label", None), getattr(row, "group", None)
+        label = None if label is None else str(label).strip()
+        group = customer(row.text) if group in (None, "") else str(group)
         rows.append({"question": row.text, "answer": label or None, "group": group, "place": place})
     return rows
 
@@ -93,11 +94,10 @@ def read_texts(path: str | Path, task: Task) -> tuple[list[dict], list[str]]:
 
 
 def row_model(columns: dict[str, str]) -> type[StrictModel]:
-    """The type of a row with attributes text, label and group, which stand in fields of these names."""
+    """The type of a row with the attributes of `columns` (text, label, group), read from the fields named there."""
     types = {"text": (FilledText, ...), "label": (Text | int | None, None), "group": (Text | int | None, None)}
     fields = {name: (types[name][0], Field(types[name][1], alias=alias)) for name, alias in columns.items()}
-    absent = {name: (None, None) for name in types.keys() - columns.keys()}
-    return create_model("Row", __base__=StrictModel, **fields, **absent)
+    return create_model("Row", __base__=StrictModel, **fields)
 
 
 def read_fields(path: str | Path, required: list[str]) -> list[tuple[str, dict]]:
