@@ -2,13 +2,15 @@
 
 import http.server
 import json
+import runpy
+import sys
 import threading
 
 import pytest
 
 from distill.export.gguf_file import write_gguf
 from distill.export.llama_cpp import LlamaCpp
-from distill.files import UserError
+from distill.files import ROOT, UserError, write_json
 from distill.tasks.endpoint import Endpoint
 from distill.tasks.idp_documents import extract_from
 
@@ -74,6 +76,17 @@ def test_an_answer_that_breaks_the_schema_is_asked_again(server):
 def test_a_server_that_ignores_the_schema_gives_an_error_and_no_value(server):
     (found,) = extract_from(Endpoint(server(lambda body: (200, "I am a poem"))), ["x"], SCHEMA, 40)
     assert isinstance(found.value, UserError) and "not JSON" in str(found.value)
+
+
+def test_details_of_a_servers_answer_have_no_confidence(server, monkeypatch, capsys, tmp_path):
+    address = server(lambda body: (200, json.dumps({"kind": "invoice", "paid": True})))
+    write_json(tmp_path / "schema.json", SCHEMA)
+    flags = ["--endpoint", address, "--schema", tmp_path / "schema.json", "--document", "Invoice 17", "--details"]
+    monkeypatch.setattr(sys, "argv", ["infer_idp.py", *map(str, flags)])
+    runpy.run_path(str(ROOT / "infer_idp.py"), run_name="__main__")
+    out, err = capsys.readouterr()
+    assert [(d["confidence"], d["grounded"]) for d in json.loads(out)["details"]] == [(None, True), (None, None)]
+    assert err == "--endpoint: no confidence, which needs the model here; grounded is there\n"
 
 
 def test_turn_markers_of_a_document_are_broken(server):
