@@ -267,6 +267,12 @@ def test_rows_of_one_batch_on_different_adapters(tiny, tiny_adapter, task):
         assert np.abs(found[row] - alone[row]).max() < 1e-5
 
 
+def test_adapters_for_inference_are_kept_as_they_are_computed(tiny, tiny_adapter):
+    for trainable, dtype in ((False, torch.bfloat16), (True, torch.float32)):
+        model = add_adapter(load_base(tiny, "bf16")[0], tiny_adapter("sft"), trainable=trainable)
+        assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {dtype}
+
+
 def test_a_prompt_over_the_context_is_refused(tiny, task):
     model, tokenizer = load_model(tiny)
     with pytest.raises(UserError, match="tokens; expected at most 1024"):

@@ -27,10 +27,10 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
         (8, 80, (8, 80)),
         (9, 81, (16, 96)),
         (17, 96, (24, 96)),
-        (33, 80, (48, 80)),
-        (33, 90, None),  # 48 x 96 tokens
+        (33, 64, (48, 64)),
+        (33, 65, None),  # 48 x 80 tokens
         (65, 16, None),
-        (1, 4097, None),
+        (1, 3073, None),
     ],
 )
 def test_the_smallest_step_that_holds_a_pass(rows, width, expected):

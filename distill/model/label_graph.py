@@ -1,8 +1,8 @@
 """Label passes at stepped shapes, recorded as CUDA graphs and replayed.
 
 A shape is recorded when it comes for the fourth time, so a script that scores a few batches pays nothing; a server
-records those that it expects before it is ready. Passes of more than TOKENS tokens are not recorded: they keep the GPU
-busy for longer than it takes to launch them, and padding to a step would cost more than launching.
+records those that it expects before it is ready. Passes of more than TOKENS tokens are not recorded: launching is a
+smaller part of their time, padding to a step a larger one, and their memory would be taken for good.
 """
 
 from collections import Counter
@@ -15,7 +15,7 @@ from distill.model.cuda_graph import Recording, Recordings
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # steps of at most a half beyond 16 rows, where padding is computed at a price
 ALIGNED = 16  # widths are multiples of it
 SMALLEST = 128  # tokens of a pass below which fewer are not faster: few rows have few widths
-TOKENS = 4096  # of the largest recorded pass; the memory of all of them is that of one such pass
+TOKENS = 3072  # of the largest recorded pass; the memory of all of them is that of one such pass
 PATIENCE = 3  # passes of a shape before it is recorded
 MOST = 64  # recordings of one scorer
 ROUNDING = 0.1  # nats by which two paths that are equal differ in 16 bits
