@@ -575,10 +575,11 @@ def test_sigterm_answers_what_was_accepted(narrow):
     settle(narrow)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(narrow.infer, "sft", rows(8, i)) for i in range(4)]
-        while not narrow.metric("serve_queue_rows"):
+        while not (accepted := narrow.metric("serve_queue_rows") / 8):
             time.sleep(0.002)
         narrow.process.send_signal(signal.SIGTERM)
-        assert [one.result()[0] for one in asked if not one.exception()] == [200] * 4
+        found = [one.result()[0] for one in asked if not one.exception()]
+    assert found.count(200) >= accepted and set(found) <= {200, 503}, found  # what comes after the signal is refused
     assert narrow.process.wait(60) in (0, -signal.SIGTERM)
     with pytest.raises(OSError):
         narrow.request("GET", "/healthz")
