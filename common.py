@@ -73,10 +73,17 @@ class Task:
 
     @classmethod
     def load(cls, path):
-        task = validate(path, read_json(path), TaskFile)
+        return cls.parse(path, read_json(path))
+
+    @classmethod
+    def parse(cls, path, fields):
+        """The task of a file's fields. Error: UserError naming `path` and the field."""
+        task = validate(path, fields, TaskFile)
         labels = task.labels
-        if len(set(labels)) < len(labels) or any(label.strip() != label for label in labels):
-            raise UserError(f"{path}: field 'labels': expected different labels without surrounding white space")
+        if len(set(labels)) < len(labels) or any([label] != label.strip().splitlines() for label in labels):
+            raise UserError(
+                f"{path}: field 'labels': expected different labels of one line without surrounding white space"
+            )
         if task.template.count("{input}") != 1:
             raise UserError(f"{path}: field 'template': expected {{input}} exactly once")
         if task.columns and ("text" not in task.columns or len({*task.columns.values()}) < len(task.columns)):

@@ -34,19 +34,25 @@ TASK = ROOT / "data" / "creditmix_task.json"
 
 
 def main(args):
+    if not 0 <= args.val_frac < 1:
+        raise UserError(f"--val_frac {args.val_frac}: expected a share between 0 and 1")
+    if args.src and str(args.src) == "-":
+        raise UserError("--src -: expected a file, which the evaluation reads again")
+    if Path(args.outdir).exists() and not Path(args.outdir).is_dir():
+        raise UserError(f"--outdir {args.outdir}: a file; expected a folder")
     flags = {"text": args.text_column, "label": args.label_column, "group": args.group_column}
     flags = {name: column for name, column in flags.items() if column}
     if args.init_task:
         if not (args.src and args.task):
             raise UserError("--init_task: expected --src FILE, and --task FILE to write")
+        if args.columns != "six":
+            raise UserError(f"--columns {args.columns}: expected the CSV of CreditMix, without --init_task")
         init_task(Path(args.task), args.src, flags)
     task = Task.load(args.task or TASK)
     for name, column in flags.items():
         if task.columns.get(name) != column:
             found = f"--{name}_column {column}: field 'columns' of {args.task or TASK} is {task.columns}"
             raise UserError(f"{found}; expected the same there, or a new file by --task FILE --init_task")
-    if not 0 <= args.val_frac < 1:
-        raise UserError(f"--val_frac {args.val_frac}: expected a share between 0 and 1")
     if args.src:
         prepare(
             args.src,
@@ -83,6 +89,8 @@ def prepare(
     balance: "none", "smallest", or None for the task's default. task_path: of the task, for the hints.
     """
     outdir, how = Path(outdir), balance or default_balance(task)
+    beside = outdir / f"{task.name}_task.json"  # where the trainers look for it
+    known = Task.load(beside) if beside.is_file() else None
     rows, dropped = read_label_rows(src, task, columns)
     train, held = holdout(rows, seed, val_frac)
     labelled, unlabelled = [r for r in train if r["answer"]], [r for r in train if not r["answer"]]
@@ -101,8 +109,7 @@ def prepare(
             paths.append(path)
         else:
             path.unlink(missing_ok=True)  # an earlier run's may be of another split
-    beside = outdir / f"{task.name}_task.json"  # where the trainers look for it
-    if not beside.is_file() or (known := Task.load(beside)) != task or known.columns != task.columns:
+    if known != task or known.columns != task.columns:
         task.save(beside)
 
     sides = {"read": rows, "training": train, "written": chosen + unlabelled, "held_out": held}

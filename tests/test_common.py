@@ -100,7 +100,7 @@ def test_missing_and_binary_files(tmp_path):
     [
         ({"labels": ["a"]}, "field 'labels': expected at least 2 items"),
         ({"labels": ["a", "a"]}, "expected different labels"),
-        ({"labels": ["a", " b"]}, "without surrounding white space"),
+        ({"labels": ["a", " b"]}, "of one line without surrounding white space"),
         ({"template": "no place"}, "expected {input} exactly once"),
         ({"null_inputs": []}, "field 'null_inputs': expected at least 1 item"),
         ({"null_inputs": ["\ud800"]}, "field 'null_inputs': expected Unicode text"),

@@ -134,6 +134,39 @@ def test_a_column_that_holds_no_labels_makes_no_task_file(tmp_path):
     assert not (tmp_path / "t.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "columns", "message"),
+    [
+        (
+            "t",
+            "question,type\nx,a\ny,b\n",
+            {**COLUMNS, "group": "type"},
+            "field 'columns': expected one for the text, and",
+        ),
+        ("t", "question,type\nx,{input}\ny,b\n", COLUMNS, "field 'template': expected {input} exactly once"),
+        ("t", 'question,type\nx,"two\nlines"\ny,b\n', COLUMNS, "expected different labels of one line"),
+        ("", "question,type\nx,a\ny,b\n", COLUMNS, "expected NAME_task.json with a name of your own"),
+        ("creditmix", "question,type\nx,a\ny,b\n", COLUMNS, "expected NAME_task.json with a name of your own"),
+    ],
+)
+def test_a_task_that_could_not_be_read_again_is_not_written(tmp_path, name, content, columns, message):
+    src = write(tmp_path / "a.csv", content)
+    with pytest.raises(UserError) as error:
+        init_task(tmp_path / f"{name}_task.json", src, columns)
+    assert message in str(error.value) and not (tmp_path / f"{name}_task.json").exists()
+
+
+def test_a_broken_task_file_beside_the_rows_is_reported_before_anything_is_written(tmp_path):
+    src = write(
+        tmp_path / "a.csv", "question,type\n" + "".join(f"x{i},{'time' if i % 2 else 'place'}\n" for i in range(9))
+    )
+    (tmp_path / "out").mkdir()
+    write(tmp_path / "out" / "my_task.json", "{")
+    with pytest.raises(UserError, match="not JSON"):
+        prepare.prepare(src, tmp_path / "out", TASK)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["my_task.json"]
+
+
 def test_columns_are_part_of_the_file_not_of_the_task(tmp_path):
     assert Task("my", TASK.labels, TASK.template, TASK.null_inputs) == TASK
     write_json(tmp_path / "t.json", {"name": "my", "labels": ["a", "b"], "template": "{input}", "null_inputs": [""]})

@@ -134,9 +134,10 @@ def read_table(path: str | Path, fields: list[str]) -> pd.DataFrame:
         if f"{name} clean" in raw:
             raw[name] = raw[f"{name} clean"]
         if name not in raw:
-            raise UserError(
-                f"{path}:1: column '{name.replace(' ', '_')}' is missing; expected the public data's columns"
+            hint = (
+                "the public data's columns (rows of your own: --text_column, --label_column, --task FILE --init_task)"
             )
+            raise UserError(f"{path}:1: column '{name.replace(' ', '_')}' is missing; expected {hint}")
     for line, label in enumerate(raw["Credit Mix"], 2):
         if label not in ("Good", "Standard", "Bad", *MISSING):
             raise UserError(f"{path}:{line}: column 'Credit_Mix': expected Good, Standard, Bad or _, got {label!r}")

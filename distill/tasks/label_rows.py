@@ -153,7 +153,8 @@ def init_task(path: Path, src: str | Path, columns: dict[str, str]) -> None:
     """Write a task file with the labels of the rows in `src`, unless there is a file. Prints what was done.
 
     columns: names of the fields "text", "label" and optionally "group".
-    Error: UserError where the label column holds something else than a few labels that repeat.
+    Error: UserError where the label column holds something else than a few labels that repeat, or where no task can be
+    made of the file's name and the labels.
     """
     if path.is_file():
         print(f"{path}: exists and is kept; --init_task writes a new file only")
@@ -170,7 +171,10 @@ def init_task(path: Path, src: str | Path, columns: dict[str, str]) -> None:
     labels = tuple(sorted(counts))
     question = f"Which of these labels fits the text best: {', '.join(labels)}?"
     template = question + " Answer with the label alone.\n\n{input}"
-    Task(path.stem.removesuffix("_task"), labels, template, ("", "N/A", "[MASK]"), columns).save(path)
+    fields = {"name": path.stem.removesuffix("_task"), "labels": list(labels), "template": template}
+    if fields["name"] in ("", CREDITMIX):
+        raise UserError(f"{path}: expected NAME_task.json with a name of your own")
+    Task.parse(path, fields | {"null_inputs": ["", "N/A", "[MASK]"], "columns": columns}).save(path)
     print(f"{path}: written, labels " + ", ".join(f"{label} ({counts[label]} rows)" for label in labels))
     print('  It works as it is. Worth editing: "template" (what the text is, what each label means) and the order of')
     print('  "labels" (neighbours become the rejected answers of DPO). Then run the same command again.')
