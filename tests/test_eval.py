@@ -413,9 +413,9 @@ def test_a_shipped_adapter_beats_the_base_on_held_out_twin_rows(task, route):
     """36 held-out rows through the real student: enough to see 0.66 against 0.34."""
     from common import Calibration, LabelScorer, holdout, label_classes, load_model
     from distill.files import ROOT
-    from distill.tasks.creditmix import read_raw, rows_per_class
+    from distill.tasks.label_rows import read_label_rows, rows_per_class
 
-    rows = read_raw(ROOT / "data" / "creditmix_dataset.json")[0]
+    rows = read_label_rows(ROOT / "data" / "creditmix_dataset.json", task)[0]
     held = rows_per_class(holdout(rows)[1], task, 12, 42)
     y = label_classes("held out", held, "answer", task)
     prompts = [task.prompt(r["question"]) for r in held]

@@ -164,10 +164,10 @@ class LabelForward:
         return torch.cat([self.trie.scores(part) for part in logits.split(32)])
 
     def separate_logits(self, rows: list[list[int]], adapters: list[str] | None = None) -> torch.Tensor:
-        """Like `logits`, for a model without tree masks: each prompt is repeated before each node of the trie.
+        """Logits [B, nodes + 1, V] that predict the label tokens, for a model without tree masks.
 
-        Only the last token of each text gets logits: with a vocabulary of 262,144 those of all tokens of one batch
-        would take 8 GiB.
+        Each prompt is repeated before each node of the trie. Only the last token of each text gets logits: with a
+        vocabulary of 262,144 those of all tokens of one batch would take 8 GiB.
         """
         paths = [[]]
         for ids, parent in self.trie.nodes:
