@@ -27,7 +27,7 @@ from distill.train.data import KDRow, dataset, describe, encode, find_task_file,
 from distill.train.generated_rows import agreement, generate_data, read_description
 from distill.train.memory import plan_micro_batch
 from distill.train.run import run_training
-from distill.train.run_folder import check_run, start_run
+from distill.train.run_folder import check_folder, check_run, start_run
 from distill.train.student import load_student, with_lora
 from distill.train.teacher_endpoint import Endpoint
 from distill.train.teacher_topk import TopK
@@ -35,6 +35,7 @@ from distill.train.teachers import (
     Teacher,
     add_teacher_arguments,
     cache_folder,
+    check_flags,
     check_on_policy,
     check_teacher,
     learns_token_distribution,
@@ -45,6 +46,8 @@ from distill.train.teachers import (
 
 def main(args):
     # The rows, and the teacher that answers those without teacher_output. With --generate it writes their inputs first.
+    writing = {"generate": args.generate, "examples": args.examples, "exclude": args.exclude, "yes": args.yes}
+    check_flags(**writing, batch_in=args.batch_in)
     task_path = find_task_file(args.data, args.task)
     endpoint, generated = None, None
     if args.teacher and "://" in args.teacher:
@@ -52,6 +55,11 @@ def main(args):
         endpoint = Endpoint(args.teacher, args.teacher_model, args.teacher_timeout, args.teacher_api, *prices)
     if args.generate:
         description = read_description(endpoint, task_path, args.examples, args.exclude)
+        if args.on_policy:
+            check_on_policy(Teacher(args.teacher, args.precision, endpoint), description.task, args.alpha)
+        if not args.batch_out:  # it trains later, and a run that cannot begin pays for no request
+            replace = {"overwrite": args.overwrite, "inputs": {"task": task_path}}
+            check_folder(args.save_dir, resume=args.resume_from_checkpoint, **replace)
         tokenizer = base_config(args.student)[2]
         limits = {"data": args.data, "max_len": args.max_len}
         generated = generate_data(
@@ -64,6 +72,9 @@ def main(args):
         check_teacher(teacher, args.student, task)
     if (args.batch_out or args.batch_in) and not (teacher and teacher.endpoint):
         raise UserError("--batch_out, --batch_in: expected --teacher http://host/v1, whose requests they hold")
+    for path in args.batch_in or ():  # also where every row has its answer, so that none of them is read
+        if not Path(path).is_file():
+            raise UserError(f"{path}: no such file")
     if args.on_policy:
         check_on_policy(teacher, task, args.alpha)
     base = base_config(args.student)

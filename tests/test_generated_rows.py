@@ -178,6 +178,40 @@ def test_a_student_is_taught_from_a_description(tiny, jsonl, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--generate", "4"], "a finished run stands here"),
+        (["--generate", "4", "--overwrite", "--on_policy", "2"], "--on_policy: expected free text"),
+        (["--generate", "4", "--save_dir", "new", "--resume_from_checkpoint", "last"], "no checkpoint to resume from"),
+        (["--generate", "4", "--batch_in", "none.jsonl"], "--generate writes new ones; expected only one"),
+        (["--batch_in", "none.jsonl"], "none.jsonl: no such file"),
+        ([], "--examples: it is for inputs that a teacher writes; expected --generate N too"),
+    ],
+)
+def test_what_cannot_train_is_refused_before_the_first_request(
+    tiny, jsonl, tmp_path, monkeypatch, capsys, more, message
+):
+    TASK.save(tmp_path / "mood_task.json")
+    (tmp_path / "a").mkdir()
+    for name in ("adapter_model.safetensors", "run.json"):
+        (tmp_path / "a" / name).write_text("{}")
+    if more[:1] == ["--batch_in"]:
+        jsonl("mood_kd.jsonl", [{"input": TASK.prompt(text), "teacher_output": "glad"} for text in EXAMPLES])
+    else:
+        more = [*more, "--examples", str(jsonl("examples.jsonl", [{"question": text} for text in EXAMPLES]))]
+    before = sorted(tmp_path.rglob("*"))
+    with endpoint(writer) as server:
+        given = flags(tiny, tmp_path / "mood_kd.jsonl", tmp_path / "a", teacher=server.url, teacher_model="big")
+        monkeypatch.setattr("sys.argv", ["kd_train.py", *given, *more])
+        with pytest.raises(SystemExit) as refused:
+            runpy.run_path("kd_train.py", run_name="__main__")
+        assert not server.seen
+    error = capsys.readouterr().err
+    assert refused.value.code == 2 and message in error and error.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"teacher": "gradient-boosting"}, "--generate: expected --teacher http://host/v1, which writes the inputs"),

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from distill.files import UserError, write_json
 from distill.model.hub import base_config, unfinished_run
-from distill.train.run_folder import RUN_FILES, check_run, finished_run, start_run
+from distill.train.run_folder import RUN_FILES, check_folder, check_run, finished_run, start_run
 
 
 @pytest.fixture(scope="module")
@@ -188,9 +188,33 @@ def test_a_finished_run_is_replaced_only_when_asked(rows, tmp_path):
     assert {p.name for p in folder.iterdir()} == {*RUN_FILES, "mine.txt"}  # checks remove nothing
     (folder / "checkpoint-3").mkdir()
     write_json(folder / "checkpoint-3" / "trainer_state.json", {})
+    write_json(folder / "tensorboard" / "events.out.tfevents.1", {})  # a curve of two runs is of neither
     start_run(checked(rows, folder, overwrite=True))
     assert {p.name for p in folder.iterdir()} == {"run.json", "mine.txt"}
     assert json.loads((folder / "run.json").read_text())["status"] == "started"
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_no_adapter_is_written_into_a_whole_model(tmp_path, name):
+    write_json(tmp_path / name, {})
+    for flags in ({}, {"overwrite": True}, {"resume": "last"}):
+        with pytest.raises(UserError, match=f"a whole model stands here \\({name}\\); expected another --save_dir"):
+            check_folder(tmp_path, **flags)
+
+
+@pytest.mark.parametrize("record", [[], {"name": "another program's"}])
+def test_a_run_json_of_something_else_is_replaced_only_when_asked(rows, tmp_path, record):
+    write_json(tmp_path / "run.json", record)
+    with pytest.raises(UserError, match=r"run\.json: not the record of a run; expected another --save_dir, or --overw"):
+        checked(rows, tmp_path)
+    assert checked(rows, tmp_path, overwrite=True)
+
+
+def test_a_file_is_no_folder_for_a_run(rows, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError, match=f"--save_dir {folder}: {tmp_path}/file is a file; expected a folder"):
+            checked(rows, folder)
 
 
 def test_overwrite_never_removes_what_the_run_starts_from(rows, tmp_path):

@@ -22,6 +22,9 @@ CHANGEABLE |= {"teacher_timeout", "price_in", "price_out", "max_cost", "yes"}
 RUN_FILES = ["adapter_model.safetensors", "adapter_config.json", "calibration.json", "task.json", "train_rows.txt"]
 RUN_FILES += ["curve.png", "README.md", "run.json"]
 
+# what only the folder of a whole model has; an adapter beside them would change what the folder loads as
+MODEL_FILES = ["config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"]
+
 
 @dataclass(frozen=True)
 class Run:
@@ -75,20 +78,43 @@ def check_run(
     for name, path in (inputs or {}).items():
         if path and (found := file_sha256(path) if Path(path).is_file() else adapter_sha256(path)):
             identity[f"{name}_sha256"] = found
+    check_folder(save_dir, resume=resume, overwrite=overwrite, inputs=inputs)
+    checkpoint = check_checkpoint(save_dir, resume, identity) if resume else None
+    settings = settings | {"resume_from_checkpoint": checkpoint and str(checkpoint)}
+    return Run(route, save_dir, student, data, settings, identity, checkpoint, overwrite)
+
+
+def check_folder(
+    save_dir: Path,
+    *,
+    resume: str | None = None,
+    overwrite: bool = False,
+    inputs: dict[str, Path | str | None] | None = None,
+) -> None:
+    """Raise UserError unless a run may write into the folder. The part of check_run that needs no rows."""
+    there = next((p for p in (save_dir, *save_dir.parents) if p.exists()), None)
+    if there and not there.is_dir():
+        raise UserError(f"--save_dir {save_dir}: {there} is a file; expected a folder")
+    if model := next((name for name in MODEL_FILES if (save_dir / name).is_file()), None):
+        raise UserError(f"{save_dir}: a whole model stands here ({model}); expected another --save_dir")
     if (found := finished_run(save_dir)) and (resume or not overwrite):
         more = "" if resume else ", or --overwrite to replace it"
         raise UserError(f"{save_dir}: a finished run stands here ({found}); expected another --save_dir{more}")
     for name, path in (inputs or {}).items():
         if overwrite and path and Path(path).resolve().is_relative_to(save_dir.resolve()):
             raise UserError(f"--overwrite would remove --{name} {path}; expected another --save_dir")
-    checkpoint = check_checkpoint(save_dir, resume, identity) if resume else None
-    if not resume:
-        if not overwrite and any((p / "trainer_state.json").is_file() for p in checkpoints_in(save_dir)):
-            raise UserError(f"{save_dir}: an unfinished run; expected --resume_from_checkpoint last, or --overwrite")
-        if (save_dir / "README.md").is_file() and not (save_dir / "run.json").is_file():
-            raise UserError(f"{save_dir}: its README.md is not from a run; expected a --save_dir of its own")
-    settings = settings | {"resume_from_checkpoint": checkpoint and str(checkpoint)}
-    return Run(route, save_dir, student, data, settings, identity, checkpoint, overwrite)
+    if resume:
+        find_checkpoint(save_dir, resume)
+        return
+    if not overwrite and any((p / "trainer_state.json").is_file() for p in checkpoints_in(save_dir)):
+        raise UserError(f"{save_dir}: an unfinished run; expected --resume_from_checkpoint last, or --overwrite")
+    path = save_dir / "run.json"
+    if not overwrite and path.is_file():
+        record = read_json(path)
+        if not isinstance(record, dict) or "status" not in record:
+            raise UserError(f"{path}: not the record of a run; expected another --save_dir, or --overwrite")
+    if (save_dir / "README.md").is_file() and not path.is_file():
+        raise UserError(f"{save_dir}: its README.md is not from a run; expected a --save_dir of its own")
 
 
 def finished_run(folder: Path) -> str | None:
@@ -107,8 +133,8 @@ class RunRecord(StrictModel):
     same: dict  # what a resumed run must have in common with the first
 
 
-def check_checkpoint(save_dir: Path, resume: str, identity: dict[str, str]) -> Path:
-    """The checkpoint folder that `resume` names; UserError unless it is whole and of the same run."""
+def find_checkpoint(save_dir: Path, resume: str) -> Path:
+    """The checkpoint folder that `resume` names; UserError if there is none."""
     if resume == "last":
         whole = [p for p in checkpoints_in(save_dir) if (p / "trainer_state.json").is_file()]
         if not whole:
@@ -117,6 +143,12 @@ def check_checkpoint(save_dir: Path, resume: str, identity: dict[str, str]) -> P
     folder = Path(resume)
     if not (folder / "trainer_state.json").is_file():
         raise UserError(f"{folder}: not a checkpoint; expected a folder runs/NAME/checkpoint-STEP, or `last`")
+    return folder
+
+
+def check_checkpoint(save_dir: Path, resume: str, identity: dict[str, str]) -> Path:
+    """The checkpoint folder that `resume` names; UserError unless it is whole and of the same run."""
+    folder = find_checkpoint(save_dir, resume)
     damaged = damaged_file(folder)
     if damaged:
         raise UserError(f"{damaged}: missing or damaged; expected an earlier checkpoint, or {folder} removed")

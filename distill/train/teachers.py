@@ -95,6 +95,22 @@ def check_teacher(teacher: Teacher, student: str, task: Task | None) -> None:
         shared_vocabulary(teacher.name, student)
 
 
+def check_flags(
+    *,
+    generate: int | None = None,
+    examples: Path | None = None,
+    exclude: list[str] = (),
+    yes: bool = False,
+    batch_in: list[str] | None = None,
+) -> None:
+    """Raise UserError for flags that do not go together."""
+    for name, given in {"examples": examples, "exclude": exclude, "yes": yes}.items():
+        if given and not generate:
+            raise UserError(f"--{name}: it is for inputs that a teacher writes; expected --generate N too")
+    if batch_in and generate:
+        raise UserError("--batch_in: results are of rows that exist, and --generate writes new ones; expected only one")
+
+
 def check_on_policy(teacher: Teacher | None, task: Task | None, alpha: float) -> None:
     """Raise UserError unless `teacher` can score what the student writes. alpha: weight of the given text."""
     if not learns_token_distribution(teacher, task):
