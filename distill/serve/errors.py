@@ -12,10 +12,27 @@ import json
 
 from fastapi import HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 OPENAI_PATHS = ("/v1/decisions", "/v1/models")
 TYPES = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 503: "overloaded_error"}
+
+
+class UnicodeBody(BaseModel):
+    """A request of Unicode text and finite numbers throughout, names of options and questions included."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def is_unicode(cls, fields):
+        try:
+            json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("expected Unicode text without lone surrogates") from None
+        except RecursionError:
+            raise ValueError("expected JSON of fewer levels") from None
+        except ValueError:
+            raise ValueError("expected numbers of JSON, which are finite") from None
+        return fields
 
 
 class Problem(BaseModel):
@@ -66,7 +83,8 @@ async def malformed(request: Request, error: RequestValidationError) -> Response
     detail = [{"loc": e["loc"], "msg": e["msg"], "type": e["type"]} for e in error.errors()]
     if not request.url.path.startswith(OPENAI_PATHS):
         return Response(json.dumps({"detail": detail}), 422, media_type="application/json")
-    places = [".".join(map(str, e["loc"][1:])) for e in detail]
+    # the place of a JSON error is a byte, not a field
+    places = ["" if e["type"] == "json_invalid" else ".".join(map(str, e["loc"][1:])) for e in detail]
     said = "; ".join(f"{place}: {e['msg']}" if place else e["msg"] for place, e in zip(places, detail, strict=True))
     code = "model_not_found" if places[0] == "model" else None
     found = {"message": said, "type": "invalid_request_error", "param": places[0] or None, "code": code}

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, StrictBool, StrictStr, model_validator
 
 from distill.serve.decision_prompt import content_text
+from distill.serve.errors import UnicodeBody
 from distill.serve.settings import MODELS
 from distill.serve.systemone import (
     MAX_LEVELS,
@@ -204,7 +205,7 @@ class LevelQuestion(Asked):
         )
 
 
-class DecisionsRequest(BaseModel):
+class DecisionsRequest(UnicodeBody):
     model: Literal[MODELS]
     input: Annotated[str | list[Message], readable(input_text, filled=True)] = Field(
         description="what the questions are about"

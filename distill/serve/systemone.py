@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from distill.serve.decision_prompt import content_text
+from distill.serve.errors import UnicodeBody
 from distill.serve.settings import MODELS
 
 MAX_QUESTIONS = 128
@@ -166,7 +167,7 @@ class Score(Asked):
 Question = Annotated[Noul | Choice | Score, Field(discriminator="type")]
 
 
-class SystemOneRequest(BaseModel):
+class SystemOneRequest(UnicodeBody):
     model: Literal[MODELS]
     state: Filled = Field(description="what the questions are about: text or JSON")
     questions: dict[Annotated[str, Field(min_length=1)], Question] = Field(min_length=1, max_length=MAX_QUESTIONS)
