@@ -201,7 +201,7 @@ if __name__ == "__main__":
     p.add_argument(
         "--details", action="store_true", help="confidence of each value and whether the document has it (grounded)"
     )
-    p.add_argument("--max_new_tokens", type=int, default=512, help="token budget of an answer (default 512)")
+    p.add_argument("--max_new_tokens", type=positive(int), default=512, help="token budget of an answer (default 512)")
     p.add_argument(
         "--batch_size", type=positive(int), default=8, help="documents per batch (default 8): memory against time"
     )

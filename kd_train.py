@@ -19,7 +19,7 @@ from pathlib import Path
 
 from common import Task, label_classes, label_trie
 from distill.evaluate import trained_rows
-from distill.files import UserError, between, cli, positive
+from distill.files import UserError, between, check_file, cli, positive
 from distill.hardware import cap_memory
 from distill.model.hub import base_config
 from distill.train.arguments import add_arguments, best_metric, choose_settings, training_arguments
@@ -73,8 +73,7 @@ def main(args):
     if (args.batch_out or args.batch_in) and not (teacher and teacher.endpoint):
         raise UserError("--batch_out, --batch_in: expected --teacher http://host/v1, whose requests they hold")
     for path in args.batch_in or ():  # also where every row has its answer, so that none of them is read
-        if not Path(path).is_file():
-            raise UserError(f"{path}: no such file")
+        check_file(path)
     if args.on_policy:
         check_on_policy(teacher, task, args.alpha)
     base = base_config(args.student)

@@ -36,7 +36,7 @@ from distill.files import ROOT, UserError, cli
 from distill.serve.client import EngineClient
 from distill.serve.decisions import router as decisions_router
 from distill.serve.description import example, fields, openapi, title
-from distill.serve.errors import Problem, http_error, malformed
+from distill.serve.errors import Problem, failed, http_error, malformed
 from distill.serve.keys import check_key, check_operator
 from distill.serve.limits import (
     CLASSES,
@@ -90,6 +90,7 @@ app.include_router(decisions_router)
 app.add_exception_handler(RequestValidationError, malformed)
 for kind in (HTTPException, 400, 404, 405):  # those that the framework raises itself are of another class
     app.add_exception_handler(kind, http_error)
+app.add_exception_handler(Exception, failed)
 
 Features = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_FEATURES)]
 Scores = dict[str, float]

@@ -111,8 +111,12 @@ def between(kind: type, low: float, high: float) -> Callable:
 
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "w"):
-    """Open `path` for writing under a temporary name. The file appears by rename: whole, or not at all."""
+    """Open `path` for writing under a temporary name. The file appears by rename: whole, or not at all.
+
+    Error: UserError, before anything is written, where `path` is a folder.
+    """
     path = Path(path)
+    refuse_folder(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -208,11 +212,24 @@ class ResumableJsonl:
         write_jsonl(self.path, self.rows if self.header is None else [self.header, *self.rows])
 
 
-def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file or of standard input (-); UserError when it is missing, empty or not text."""
-    path = Path(path)
-    if str(path) != "-" and not path.is_file():
+def refuse_folder(path: str | Path) -> None:
+    """UserError where `path` is a folder."""
+    if Path(path).is_dir():
+        raise UserError(f"{path}: is a folder, expected a file")
+
+
+def check_file(path: str | Path) -> None:
+    """UserError unless `path` is a file, saying whether it is missing or a folder."""
+    refuse_folder(path)
+    if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file or of standard input (-); UserError when it is missing, a folder, empty or not text."""
+    path = Path(path)
+    if str(path) != "-":
+        check_file(path)
     try:
         data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
         data = gzip.decompress(data) if path.suffix == ".gz" else data

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import openai
 import pytest
+from fastapi.testclient import TestClient
 from scipy.special import softmax
 from serving import LONG, Server, rows
 from teaching import cached, flags, lines
@@ -18,6 +19,7 @@ from distill.serve.question_scorer import Branch, QuestionScorer
 from distill.serve.systemone import confidence
 from distill.train.teacher_endpoint import Endpoint
 from distill.train.teachers import Teacher, teach
+from serve_creditmix import app
 
 MODELS = ("base", "sft", "kd", "dpo")
 TEXT = rows(1)[0]
@@ -29,6 +31,7 @@ TEAM = {
     "criteria": {"Very good support": None, "Billing": "Payments and refunds", "Very good": None},
 }
 DEBT = {"type": "score", "instructions": "How large is the debt?", "criteria": ["small", {"size": "medium"}, "large"]}
+PREDICATE = {"type": "predicate", "instructions": "x"}
 QUESTIONS = {"label": LABEL, "young": YOUNG, "team": TEAM, "debt": DEBT}
 
 
@@ -219,6 +222,7 @@ def body(model="sft", state="x", **question):
         (body() | {"questions": {}}, 422, "at least 1 item"),
         (body() | {"images": ["data:,"]}, 422, "should be None"),
         (b'{"model": "sft", "state": "x", "questions": {"q": {}, "q": {}}}', 422, "different keys"),
+        (json.dumps(body(state={"n": 9})).replace("9", "NaN").encode(), 422, "finite"),
         (b'{"model": "sft"', 422, "JSON decode error"),
         (b"[" * 100_000, 400, "parsing the body"),
         (body(state="x" * 300_000), 413, "at most 262144 bytes"),
@@ -247,12 +251,33 @@ def test_a_bad_request_is_named(server, request_body, status, said):
     ],
 )
 def test_errors_of_decisions_have_openais_shape(server, change, status, param):
-    asked = {"model": "sft", "input": "x", "questions": [{"type": "predicate", "instructions": "x"}]}
+    asked = {"model": "sft", "input": "x", "questions": [PREDICATE]}
     got = server.request("POST", "/v1/decisions", asked | change)
     assert got[0] == status and set(got[1]["error"]) == {"message", "type", "param", "code"}
-    assert (got[1]["error"]["param"] or "").startswith(param or "") and got[1]["error"]["message"]
+    found = got[1]["error"]["param"]
+    assert found is None if param is None else found.startswith(param)
+    assert got[1]["error"]["message"]
     assert (got[1]["error"]["code"] == "model_not_found") == (param == "model")
     assert server.request("GET", "/v1/decisions")[:2] == (405, problem("/v1/decisions", 405, "Method Not Allowed"))
+
+
+def test_broken_json_of_decisions_names_no_field(server):
+    status, got, _ = server.request("POST", "/v1/decisions", b"{")
+    want = {"message": "JSON decode error", "type": "invalid_request_error", "param": None, "code": None}
+    assert (status, got) == (400, {"error": want})
+
+
+@pytest.mark.parametrize("path", ["/v1/systemone", "/v1/decisions"])
+def test_a_fault_of_the_server_has_the_protocols_shape(monkeypatch, path):
+    def fail(model):
+        raise RuntimeError("secret")
+
+    settings = SimpleNamespace(api_key=None, deadline=30, task=SimpleNamespace(labels=()))
+    engine = SimpleNamespace(settings=settings, full=lambda: None, check=fail)
+    monkeypatch.setattr(app.state, "engine", engine, raising=False)
+    asked = {"/v1/systemone": body(), "/v1/decisions": {"model": "sft", "input": "x", "questions": [PREDICATE]}}
+    got = TestClient(app, raise_server_exceptions=False).post(path, json=asked[path])
+    assert got.status_code == 500 and got.json() == problem(path, 500, "internal error")
 
 
 def test_a_key_is_read_from_either_header(server):

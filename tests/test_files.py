@@ -6,7 +6,9 @@ import sys
 
 import pytest
 
-from distill.files import ResumableJsonl, UserError, cli, launched_rank
+from distill.files import ResumableJsonl, UserError, cli, launched_rank, read_text, write_json
+from distill.tasks.creditmix import read_table
+from distill.tasks.pdf_text import read_pdf
 
 
 def lines(path):
@@ -61,6 +63,15 @@ def test_a_damaged_line_is_named(tmp_path, line, message):
     path.write_text(f'{{"a": 1}}\n{line}\n{{"a": 3}}\n')
     with pytest.raises(UserError, match=message):
         ResumableJsonl(path)
+
+
+@pytest.mark.parametrize(("use", "more"), [(read_text, ()), (read_pdf, (1,)), (read_table, ([],)), (write_json, ({},))])
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path, use, more):
+    folder = tmp_path / "x.csv"
+    folder.mkdir()
+    with pytest.raises(UserError, match=r"/x\.csv: is a folder, expected a file$"):
+        use(folder, *more)
+    assert list(tmp_path.rglob("*")) == [folder]
 
 
 @pytest.mark.parametrize(

@@ -371,6 +371,12 @@ def test_bad_input_is_one_line_and_exit_code_2_before_a_model_loads(capsys, tmp_
     assert message in err and len(err.splitlines()) == 1
 
 
+def test_a_token_budget_is_above_zero(run):
+    done = run("infer_idp.py", "--model_dir", "none", "--schema", SROIE, "--document", "x", "--max_new_tokens", "-1")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: argument --max_new_tokens: invalid number above 0, int value: '-1'")
+
+
 def test_standard_input_that_is_no_text():
     command = [sys.executable, "infer_idp.py", "--model_dir", "none", "--schema", str(SROIE), "--document", "-"]
     done = subprocess.run(command, input=b"\xff\xfe", capture_output=True, cwd=ROOT)

@@ -79,6 +79,11 @@ async def http_error(request: Request, error: HTTPException) -> Response:
     return Response(json.dumps(body), error.status_code, error.headers, "application/json")
 
 
+async def failed(request: Request, _: Exception) -> Response:
+    """An error of the server's own, whose traceback goes to its log: the message could hold text of the request."""
+    return Response(json.dumps(problem(request.url.path, 500, "internal error")), 500, media_type="application/json")
+
+
 async def malformed(request: Request, error: RequestValidationError) -> Response:
     detail = [{"loc": e["loc"], "msg": e["msg"], "type": e["type"]} for e in error.errors()]
     if not request.url.path.startswith(OPENAI_PATHS):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from distill.files import UserError
+from distill.files import UserError, check_file
 
 NAME = "creditmix"  # of the task
 SIX = ["Age", "Occupation", "Annual Income", "Outstanding Debt", "Credit Utilization Ratio", "Payment Behaviour"]
@@ -118,8 +118,7 @@ def read_csv(path: str | Path, columns: str = "six") -> tuple[list[dict], Counte
 
 def read_table(path: str | Path, fields: list[str]) -> pd.DataFrame:
     """Columns of a CSV as text, underscores in their names read as blanks; NaN where the public data marks a gap."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
+    check_file(path)
     try:
         raw = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
     except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as e:

@@ -8,17 +8,16 @@ import logging
 import sys
 from pathlib import Path
 
-from distill.files import UserError, one_line
+from distill.files import UserError, check_file, one_line
 
 
 def read_pdf(path: Path, most: int) -> str:
     """The text of a PDF, page after page without blank lines; reading ends after more than `most` characters.
 
     Pages without text are left out with a warning. Errors: UserError, one line, where pypdf is not installed, and for a
-    file that is missing, damaged, encrypted, or without any text, as scans are.
+    file that is missing, a folder, damaged, encrypted, or without any text, as scans are.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
+    check_file(path)
     try:
         import pypdf
     except ImportError:
