@@ -16,7 +16,7 @@ from pathlib import Path
 
 
 class Browser:
-    """`with Browser(binary, profile folder, url) as page:` one tab that stands at url."""
+    """`with Browser(binary, profile folder, url) as page:` one tab that has loaded url."""
 
     def __init__(self, binary, profile, url):
         self.from_us, self.to_us = os.pipe(), os.pipe()
@@ -32,11 +32,15 @@ class Browser:
             start_new_session=True,
         )
         self.number, self.buffer, self.url, self.session = 0, b"", url, {}
+        self.loaded = set()  # loader ids of documents whose load event has fired
 
     def __enter__(self):
-        target = self.send("Target.createTarget", url=self.url)["targetId"]
+        target = self.send("Target.createTarget", url="about:blank")["targetId"]
         attached = self.send("Target.attachToTarget", targetId=target, flatten=True)
         self.session = {"sessionId": attached["sessionId"]}
+        self.send("Page.enable")
+        self.send("Page.setLifecycleEventsEnabled", enabled=True)
+        self.go(self.url)
         return self
 
     def __exit__(self, *error):
@@ -55,17 +59,31 @@ class Browser:
         message = {"id": self.number, "method": method, "params": params, **self.session}
         os.write(self.from_us[1], json.dumps(message).encode() + b"\0")
         end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            while b"\0" in self.buffer:
-                raw, self.buffer = self.buffer.split(b"\0", 1)
-                reply = json.loads(raw)
-                if reply.get("id") == self.number:
-                    assert "error" not in reply, reply
-                    return reply["result"]
+        while (reply := self.receive(end, method)).get("id") != self.number:
+            pass
+        assert "error" not in reply, reply
+        return reply["result"]
+
+    def receive(self, end, what):
+        """The next message of the browser, a reply or an event; `what` is waited for until `end`."""
+        while b"\0" not in self.buffer:
+            assert time.monotonic() < end, f"{what}: no answer in time"
+            assert self.process.poll() is None, "the browser ended"
             if select.select([self.to_us[0]], [], [], 1)[0]:
                 self.buffer += os.read(self.to_us[0], 1 << 20)
-            assert self.process.poll() is None, "the browser ended"
-        raise AssertionError(f"{method}: no answer within {seconds} s")
+        raw, self.buffer = self.buffer.split(b"\0", 1)
+        message = json.loads(raw)
+        if message.get("method") == "Page.lifecycleEvent" and message["params"]["name"] == "load":
+            self.loaded.add(message["params"]["loaderId"])
+        return message
+
+    def go(self, url, seconds=60):
+        """Open url and wait for its load event: what is evaluated while a page leaves is an error."""
+        end = time.monotonic() + seconds
+        opened = self.send("Page.navigate", seconds, url=url)
+        assert "errorText" not in opened, opened
+        while opened["loaderId"] not in self.loaded:
+            self.receive(end, f"the load event of {url}")
 
     def run(self, script):
         """Value of a JavaScript expression in the page."""

@@ -644,7 +644,8 @@ def test_the_page_in_a_browser(server, tmp_path):
         pytest.skip("no chromium")
     from browser import Browser
 
-    with Browser(chromium, tmp_path / "profile", f"http://127.0.0.1:{server.port}/") as page:
+    address = f"http://127.0.0.1:{server.port}/"
+    with Browser(chromium, tmp_path / "profile", address) as page:
         page.until("document.querySelectorAll('#models section').length === 4 && document.querySelector('[name=Age]')")
         assert page.run("document.querySelectorAll('#form input[name]').length") == 6
         assert page.run("document.title") == "Creditmix"
@@ -685,7 +686,7 @@ def test_the_page_in_a_browser(server, tmp_path):
         page.screenshot(tmp_path / "serve_page.png")
         assert (tmp_path / "serve_page.png").stat().st_size > 10_000
         assert page.run("performance.getEntriesByType('resource').every(e => e.name.startsWith(location.origin))")
-        page.run("location.href = '/docs'")
+        page.go(address + "docs")
         page.until("document.title === 'Creditmix: API' && document.querySelectorAll('h2').length >= 8")
         assert "4000 characters per row" in page.run("document.body.textContent")
 
