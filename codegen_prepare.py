@@ -17,7 +17,7 @@ from collections import Counter
 from pathlib import Path
 
 from common import SEED
-from distill.files import ROOT, UserError, cli, read_rows, write_jsonl
+from distill.files import ROOT, UserError, check_output_folder, cli, read_rows, write_jsonl
 from distill.model.hub import EMBEDDED
 from distill.tasks.codegen_mutants import mutants
 from distill.tasks.codegen_reply import fenced
@@ -30,6 +30,7 @@ TRIES = 4  # mutants tried for each rejected answer wanted
 
 
 def main(args):
+    check_output_folder("--out_dir", args.out_dir)
     print(require_isolation(args.require_isolation))
     tasks = [task for path in args.corpus for task in read_tasks(path)][: args.limit]
     total, dropped = len(tasks), Counter()

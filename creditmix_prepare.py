@@ -24,7 +24,7 @@ import pandas as pd
 
 from common import SEED, VAL_FRAC, Task, group_hash, holdout, label_classes, unit_hash
 from distill.calibrate import class_shares
-from distill.files import ROOT, UserError, cli, file_sha256, write_json, write_jsonl
+from distill.files import ROOT, UserError, check_output_folder, cli, file_sha256, write_json, write_jsonl
 from distill.tasks.boosting import check_file, out_of_fold
 from distill.tasks.creditmix_twin import synthesize, write_profile
 from distill.tasks.label_rows import BALANCE, default_balance, init_task, read_label_rows, row_key, training_rows
@@ -38,8 +38,7 @@ def main(args):
         raise UserError(f"--val_frac {args.val_frac}: expected a share between 0 and 1")
     if args.src and str(args.src) == "-":
         raise UserError("--src -: expected a file, which the evaluation reads again")
-    if Path(args.outdir).exists() and not Path(args.outdir).is_dir():
-        raise UserError(f"--outdir {args.outdir}: a file; expected a folder")
+    check_output_folder("--outdir", Path(args.outdir))
     flags = {"text": args.text_column, "label": args.label_column, "group": args.group_column}
     flags = {name: column for name, column in flags.items() if column}
     if args.init_task:

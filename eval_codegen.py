@@ -23,7 +23,7 @@ import numpy as np
 
 from common import load_model
 from distill.evaluate import bootstrap_mean, check_overlap, interval, overlap_lines, overlap_record
-from distill.files import UserError, cli, positive, write_json, write_jsonl
+from distill.files import UserError, check_output_folder, cli, positive, write_json, write_jsonl
 from distill.model.hub import check_models
 from distill.run_record import run_record
 from distill.tasks.codegen_samples import Sampling, add_sampling_arguments, sample_to_file
@@ -34,6 +34,8 @@ OVER = "prompt over the context"
 
 
 def main(args):
+    if args.out:
+        check_output_folder("--out", args.out)
     problems = load_problems(args.data, args.last, args.limit)
     print(require_isolation(args.require_isolation))
     if args.reference:

@@ -43,6 +43,7 @@ from distill.files import (
     UserError,
     atomic_write,
     between,
+    check_output_folder,
     cli,
     file_sha256,
     positive,
@@ -75,6 +76,7 @@ def main(args):
     if int(os.environ.get("RANK", 0)):  # under `accelerate launch` one process evaluates, since models are small
         return
     out = args.out or Path("runs/reports") / datetime.now().strftime("%Y%m%d-%H%M%S")
+    check_output_folder("--out", out)
     task = common_task(args.model_dir, args.task)
     bias = label_bias(args.label_bias, task)
     endpoint = Endpoint(args.teacher, args.teacher_model) if args.teacher and "://" in args.teacher else None

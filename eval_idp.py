@@ -37,7 +37,7 @@ from distill.evaluate import (
     precision_recall_f1,
     ratio,
 )
-from distill.files import UserError, cli, positive, read_json, write_json, write_jsonl
+from distill.files import UserError, check_output_folder, cli, positive, read_json, write_json, write_jsonl
 from distill.model.generate import context_length
 from distill.model.hub import check_models
 from distill.report import confidence_table, draw_confidence
@@ -242,6 +242,7 @@ def table(report):
 
 def main(args):
     out = args.out or Path("runs/reports") / datetime.now().strftime("idp-%Y%m%d-%H%M%S")
+    check_output_folder("--out", out)
     schema = read_json(args.schema)
     grammar = check_schema(schema)
     _, rows = holdout(read_corpus(args.data, schema, args.group_field), args.seed, args.val_frac, args.val_start)

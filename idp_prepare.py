@@ -21,7 +21,7 @@ from collections import Counter
 from pathlib import Path
 
 from common import SEED, dev_split, group_hash, holdout, row_hash
-from distill.files import UserError, between, cli, read_json, read_rows, write_jsonl
+from distill.files import UserError, between, check_output_folder, cli, read_json, read_rows, write_jsonl
 from distill.model.hub import EMBEDDED
 from distill.tasks.augment import swap_document_values
 from distill.tasks.idp_corpus import ResultRow, read_answers, rejected_answer, without_held_out
@@ -31,6 +31,7 @@ from distill.tasks.idp_synthetic import synthesize
 
 
 def main(args):
+    check_output_folder("--outdir", args.outdir)
     schema = read_json(args.schema)
     check_schema(schema)
     if args.synthesize:

@@ -218,6 +218,13 @@ def refuse_folder(path: str | Path) -> None:
         raise UserError(f"{path}: is a folder, expected a file")
 
 
+def check_output_folder(flag: str, path: Path) -> None:
+    """UserError, naming the flag, where no folder can be made at `path`: it, or what it would stand in, is a file."""
+    found = next((p for p in (path, *path.parents) if p.exists()), None)
+    if found and not found.is_dir():
+        raise UserError(f"{flag} {path}: {found} is a file; expected a folder")
+
+
 def check_file(path: str | Path) -> None:
     """UserError unless `path` is a file, saying whether it is missing or a folder."""
     refuse_folder(path)

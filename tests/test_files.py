@@ -2,9 +2,11 @@
 
 import argparse
 import json
+import runpy
 import sys
 
 import pytest
+from conftest import ROOT
 
 from distill.files import ResumableJsonl, UserError, cli, launched_rank, read_text, write_json
 from distill.tasks.creditmix import read_table
@@ -99,3 +101,32 @@ def test_a_launched_process_has_its_rank(monkeypatch):
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
         monkeypatch.setenv(name, value)
     assert launched_rank() == 1
+
+
+IDP = ["--data", "data/idp_corpus.jsonl", "--schema", "data/idp_schema.json"]
+
+
+@pytest.mark.parametrize(
+    ("script", "flag", "others"),
+    [
+        ("eval_creditmix", "--out", ["--model_dir", "no/such/model"]),
+        ("eval_idp", "--out", ["--model_dir", "no/such/model", *IDP]),
+        ("eval_codegen", "--out", ["--model_dir", "no/such/model"]),
+        ("creditmix_prepare", "--outdir", ["--src", "data/creditmix_dataset.json"]),
+        ("idp_prepare", "--outdir", ["--src", *IDP[1:]]),
+        ("codegen_prepare", "--out_dir", []),
+    ],
+)
+@pytest.mark.parametrize("place", ["file", "file/under/it"])
+def test_a_file_in_the_place_of_an_output_folder_is_refused_at_start(
+    script, flag, others, place, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [script, flag, str(tmp_path / place), *others])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(f"{script}.py", run_name="__main__")
+    said = capsys.readouterr()
+    expected = f"error: {flag} {tmp_path / place}: {tmp_path / 'file'} is a file; expected a folder\n"
+    assert (stopped.value.code, said.err, said.out) == (2, expected, "")
+    assert (tmp_path / "file").read_text() == "mine"

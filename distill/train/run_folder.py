@@ -10,7 +10,16 @@ from pathlib import Path
 
 from common import Task, label_classes, prompt_of
 from distill.calibrate import class_shares, fit_and_save, natural_shares, split_record
-from distill.files import StrictModel, UserError, atomic_write, file_sha256, read_json, validate, write_json
+from distill.files import (
+    StrictModel,
+    UserError,
+    atomic_write,
+    check_output_folder,
+    file_sha256,
+    read_json,
+    validate,
+    write_json,
+)
 from distill.model.hub import adapter_sha256
 from distill.run_record import run_record
 
@@ -92,9 +101,7 @@ def check_folder(
     inputs: dict[str, Path | str | None] | None = None,
 ) -> None:
     """Raise UserError unless a run may write into the folder. The part of check_run that needs no rows."""
-    there = next((p for p in (save_dir, *save_dir.parents) if p.exists()), None)
-    if there and not there.is_dir():
-        raise UserError(f"--save_dir {save_dir}: {there} is a file; expected a folder")
+    check_output_folder("--save_dir", save_dir)
     if model := next((name for name in MODEL_FILES if (save_dir / name).is_file()), None):
         raise UserError(f"{save_dir}: a whole model stands here ({model}); expected another --save_dir")
     if (found := finished_run(save_dir)) and (resume or not overwrite):
