@@ -11,6 +11,7 @@ import warnings
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
+from unicodedata import normalize
 
 from pydantic import Field
 from safetensors import SafetensorError
@@ -80,7 +81,9 @@ class Task:
         """The task of a file's fields. Error: UserError naming `path` and the field."""
         task = validate(path, fields, TaskFile)
         labels = task.labels
-        if len(set(labels)) < len(labels) or any([label] != label.strip().splitlines() for label in labels):
+        if len({normalize("NFC", label) for label in labels}) < len(labels) or any(
+            [label] != label.strip().splitlines() for label in labels
+        ):
             raise UserError(
                 f"{path}: field 'labels': expected different labels of one line without surrounding white space"
             )
@@ -319,8 +322,12 @@ def label_trie(tokenizer, labels, prompt="x"):
     """The LabelTrie of the labels, tokenized as they follow a prompt.
 
     If one label's tokens are a prefix of another's, the end of the turn is scored too, for all labels.
+    Errors: UserError as completion_ids, and for two labels of the same tokens.
     """
     ids = completion_ids(tokenizer, [prompt] * len(labels), list(labels))
+    for i, own in enumerate(ids):
+        if (first := ids.index(own)) < i:
+            raise UserError(f"{labels[i]!r} has the same tokens as {labels[first]!r}; expected labels that differ")
     bare = [i[:-1] for i in ids]
     nested = any(a is not b and a == b[: len(a)] for a in bare for b in bare)
     return LabelTrie(ids if nested else bare)

@@ -18,7 +18,16 @@ from distill.files import UserError, between, cli, positive, read_json
 from distill.model.hub import adapter_base, base_config
 from distill.tasks.augment import swap_label_rows
 from distill.train.arguments import add_arguments, add_swap_argument, choose_settings, passes_over, training_arguments
-from distill.train.data import DPORow, dataset, describe, encode, find_task_file, read_training_rows, split_rows
+from distill.train.data import (
+    DPORow,
+    check_labels,
+    dataset,
+    describe,
+    encode,
+    find_task_file,
+    read_training_rows,
+    split_rows,
+)
 from distill.train.memory import plan_micro_batch
 from distill.train.run import run_training
 from distill.train.run_folder import check_run, start_run
@@ -37,6 +46,7 @@ def main(args):
         args.lora_r = read_json(args.init_adapter / "adapter_config.json").get("r", args.lora_r)
     base = base_config(args.student)
     _, config, tokenizer = base
+    check_labels(task_path, task, tokenizer)
     args.lr, args.batch_size, args.epochs, args.max_steps = choose_settings(
         "dpo", config, rows, args.lr, args.batch_size, args.epochs, args.max_steps
     )

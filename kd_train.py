@@ -23,7 +23,16 @@ from distill.files import UserError, between, check_file, cli, positive
 from distill.hardware import cap_memory
 from distill.model.hub import base_config
 from distill.train.arguments import add_arguments, best_metric, choose_settings, training_arguments
-from distill.train.data import KDRow, dataset, describe, encode, find_task_file, read_training_rows, split_rows
+from distill.train.data import (
+    KDRow,
+    check_labels,
+    dataset,
+    describe,
+    encode,
+    find_task_file,
+    read_training_rows,
+    split_rows,
+)
 from distill.train.generated_rows import agreement, generate_data, read_description
 from distill.train.memory import plan_micro_batch
 from distill.train.run import run_training
@@ -61,6 +70,7 @@ def main(args):
             replace = {"overwrite": args.overwrite, "inputs": {"task": task_path}}
             check_folder(args.save_dir, resume=args.resume_from_checkpoint, **replace)
         tokenizer = base_config(args.student)[2]
+        check_labels(task_path, description.task, tokenizer)
         limits = {"data": args.data, "max_len": args.max_len}
         generated = generate_data(
             endpoint, args.generate, description, tokenizer, **limits, seed=args.seed, yes=args.yes
@@ -78,6 +88,7 @@ def main(args):
         check_on_policy(teacher, task, args.alpha)
     base = base_config(args.student)
     _, config, tokenizer = base
+    check_labels(task_path, task, tokenizer)
     args.lr, args.batch_size, args.epochs, args.max_steps = choose_settings(
         "kd", config, rows, args.lr, args.batch_size, args.epochs, args.max_steps
     )

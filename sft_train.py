@@ -17,7 +17,16 @@ from distill.train.arguments import (
     passes_over,
     training_arguments,
 )
-from distill.train.data import SFTRow, dataset, describe, encode, find_task_file, read_training_rows, split_rows
+from distill.train.data import (
+    SFTRow,
+    check_labels,
+    dataset,
+    describe,
+    encode,
+    find_task_file,
+    read_training_rows,
+    split_rows,
+)
 from distill.train.memory import plan_micro_batch
 from distill.train.run import run_training
 from distill.train.run_folder import check_run, start_run
@@ -30,6 +39,7 @@ def main(args):
     rows, task = read_training_rows(args.data, SFTRow, "output", task_path)
     base = base_config(args.student)
     _, config, tokenizer = base
+    check_labels(task_path, task, tokenizer)
     args.lr, args.batch_size, args.epochs, args.max_steps = choose_settings(
         "sft", config, rows, args.lr, args.batch_size, args.epochs, args.max_steps
     )

@@ -242,6 +242,14 @@ def test_a_label_that_begins_another_is_scored_with_its_end(tiny):
     assert (plain.weight > 0).sum(1).tolist() == [1, 1] and plain.nodes == []
 
 
+def test_labels_of_the_same_tokens_are_refused(monkeypatch):
+    lowercase = {"good": [5, 0], "bad": [6, 0]}  # as a tokenizer that writes all letters small
+    monkeypatch.setattr("common.completion_ids", lambda _, prompts, answers: [lowercase[a.lower()] for a in answers])
+    assert len(label_trie(None, ("good", "Bad")).token) == 2
+    with pytest.raises(UserError, match="'Bad' has the same tokens as 'bad'; expected labels that differ"):
+        label_trie(None, ("good", "bad", "Bad"))
+
+
 def test_trie_scores_by_hand():
     from distill.model.label_trie import LabelTrie
 

@@ -20,6 +20,7 @@ from distill.tasks.label_rows import default_balance, init_task, read_label_rows
 
 COLUMNS = {"text": "question", "label": "type"}
 TASK = Task("my", ("place", "time"), "Which? {input}", ("", "N/A"), COLUMNS)
+TASK_FIELDS = {"name": "my", "template": "Which? {input}", "null_inputs": ["", "N/A"]}
 WITH_GROUP = Task("my", ("place", "time"), "Which? {input}", ("",), {**COLUMNS, "group": "user"})
 
 
@@ -154,6 +155,28 @@ def test_a_task_that_could_not_be_read_again_is_not_written(tmp_path, name, cont
     with pytest.raises(UserError) as error:
         init_task(tmp_path / f"{name}_task.json", src, columns)
     assert message in str(error.value) and not (tmp_path / f"{name}_task.json").exists()
+
+
+def test_labels_that_look_the_same_are_refused():
+    with pytest.raises(UserError, match="field 'labels': expected different labels of one line"):
+        Task.parse("my_task.json", {**TASK_FIELDS, "labels": ["caf\u00e9", "cafe\u0301"]})  # an accent of its own
+
+
+@pytest.mark.parametrize("route", ["sft", "kd", "dpo"])
+def test_a_label_that_cannot_be_an_answer_is_named_with_its_task_file(tiny, tmp_path, monkeypatch, capsys, route):
+    task = Task.parse("my_task.json", {**TASK_FIELDS, "labels": ["place", "time<|im_end|>"]})
+    task.save(tmp_path / "my_task.json")
+    row = {"input": "Which? x", "output": "place", "teacher_output": "place"}  # none of the rows has the label
+    row |= {"prompt": row["input"], "chosen": "place", "rejected": task.labels[1]} if route == "dpo" else {}
+    data = write(tmp_path / f"my_{route}.jsonl", json.dumps(row) + "\n")
+    command = [f"{route}_train.py", "--student", tiny, "--data", data, "--save_dir", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", [str(part) for part in command])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / command[0]), run_name="__main__")
+    expected = f"error: {tmp_path}/my_task.json: field 'labels': answer 'time<|im_end|>' to 'x': contains <|im_end|>,"
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.startswith(expected) and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_broken_task_file_beside_the_rows_is_reported_before_anything_is_written(tmp_path):

@@ -7,6 +7,7 @@ from common import (
     completion_ids,
     dev_split,
     label_classes,
+    label_trie,
     prompt_ids,
     prompt_of,
     row_hash,
@@ -22,6 +23,16 @@ def find_task_file(data: Path, given: Path | None = None) -> Path | None:
         return given or beside
     print(f"no {beside}: free text, so no label scores and no calibration")
     return None
+
+
+def check_labels(path: Path | None, task: Task | None, tokenizer) -> None:
+    """UserError, naming the task file at `path`, for a label that cannot be an answer with this tokenizer."""
+    if task is None:
+        return
+    try:
+        label_trie(tokenizer, task.labels)
+    except UserError as e:
+        raise UserError(f"{path}: field 'labels': {e}") from None
 
 
 class TrainingRow(StrictModel):
