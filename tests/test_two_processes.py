@@ -14,8 +14,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from distill.train.run_folder import checkpoints_in, damaged_file
+
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
 # each process draws its own dropout, so it is off; all else is the script as it is
 WITHOUT_DROPOUT = """
 import runpy, sys
@@ -53,8 +56,7 @@ def data(tmp_path_factory, task):
 
 
 def start(command, folder):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -80,6 +82,38 @@ def test_two_processes_train_as_one(tiny, data, tmp_path, route):
     assert weights.keys() == expected.keys()
     for name, w in expected.items():  # bf16 on disk
         assert (w.float() - weights[name].float()).norm() < 0.02 * w.float().norm(), name
+
+
+# one process alone gets a signal, before its forward pass number 6: the second micro-batch of step 3
+SIGNALLED = """
+import os, pathlib, runpy, signal, sys
+sys.path.insert(0, {root!r})
+from distill.train.callbacks import StopOnSignal
+before_forward, passes = StopOnSignal.before_forward, []
+def counted(stop, *_):
+    passes.append(1)
+    if len(passes) == 6 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    pathlib.Path({folder!r}, "passes-" + os.environ["RANK"]).write_text(str(len(passes)))
+    before_forward(stop)
+StopOnSignal.before_forward = counted
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_two_processes_stop_in_the_same_forward_pass_and_save(tiny, data, tmp_path):
+    script, folder = tmp_path / "signalled.py", tmp_path / "run"
+    script.write_text(SIGNALLED.format(root=str(ROOT), folder=str(tmp_path)))
+    flags = {"student": tiny, "data": data / "creditmix_sft.jsonl", "save_dir": folder, "max_steps": 5}
+    flags |= {"batch_size": 8, "micro_batch": 2, "dev_rows": 4, "eval_steps": 5}
+    command = [*LAUNCH, str(script), "sft_train.py", *(str(x) for k, v in flags.items() for x in (f"--{k}", v))]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
+    assert done.returncode != 0 and "stopped at step 2; the same command with --resume" in done.stdout, done.stderr
+    assert [(tmp_path / f"passes-{rank}").read_text() for rank in (0, 1)] == ["6", "6"]
+    (checkpoint,) = checkpoints_in(folder)
+    assert checkpoint.name == "checkpoint-2" and damaged_file(checkpoint) is None
+    assert sorted(path.name for path in checkpoint.glob("rng_state*")) == ["rng_state_0.pth", "rng_state_1.pth"]
 
 
 def test_two_processes_refuse_a_batch_that_they_cannot_share(tiny, data, tmp_path):

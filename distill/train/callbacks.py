@@ -55,16 +55,20 @@ class Stopped(Exception):
 class StopOnSignal(TrainerCallback):
     """On Ctrl-C or SIGTERM: stop before the next forward pass, of a step or of an evaluation, so that a run can save.
 
-    Several processes stop after the same step, because they must stay in step with each other.
+    Several processes agree on it before each forward pass. All of them compute equally many.
     """
 
     def __init__(self, trainer):
-        self.trainer, self.received = trainer, 0  # the signal's number
+        self.trainer = trainer
+        self.own = self.received = 0  # the signal's number: what this process got, and what all of them act on
+        self.group = None
         self.after_step = None  # random numbers and summed loss after the last whole step
 
     @contextlib.contextmanager
     def listening(self):
         """Within it the signals raise Stopped from the model's next forward pass; a second Ctrl-C stops at once."""
+        if self.trainer.args.world_size > 1:  # a group on the CPU: with NCCL each pass would wait for the GPU
+            self.group = torch.distributed.new_group(backend="gloo")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.receive)
         hook = self.trainer.model.get_input_embeddings().register_forward_pre_hook(self.before_forward)
@@ -76,20 +80,23 @@ class StopOnSignal(TrainerCallback):
 
     def receive(self, number, frame):
         print("\ninterrupted: saving", file=sys.stderr)
-        self.received = number
+        self.own = number
         if self.trainer.args.world_size == 1:  # a launcher repeats a signal that its processes already have
             restore_signals()
 
+    def agree(self) -> int:
+        """`received`, the largest signal number of all processes; each of them waits for the others."""
+        largest = torch.tensor(self.own)
+        if self.group:
+            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, self.group)
+        self.received = int(largest)
+        return self.received
+
     def before_forward(self, *_):
-        if self.received and self.trainer.args.world_size == 1:
+        if self.agree():
             raise Stopped
 
     def on_step_end(self, args, state, control, **kwargs):
-        if args.world_size > 1:
-            own = torch.tensor([self.received], device=args.device)
-            self.received = int(self.trainer.accelerator.gather(own).max())
-            if self.received:  # the evaluation that is due follows when the run is resumed
-                control.should_save, control.should_evaluate, control.should_training_stop = True, False, True
         # each checkpoint has the loss of all steps before it in its history
         control.should_log |= control.should_save
         self.after_step = random_state(), self.trainer._tr_loss.clone()
@@ -97,13 +104,15 @@ class StopOnSignal(TrainerCallback):
     def save(self):
         """Save a checkpoint of the last whole step, as if the run had never begun the next one or its evaluation."""
         state, args = self.trainer.state, self.trainer.args
-        if self.after_step is None or (Path(args.output_dir) / f"checkpoint-{state.global_step}").is_dir():
-            return
-        random, loss = self.after_step
-        set_random_state(*random)
-        control = self.trainer.control
-        control.should_log, control.should_evaluate, control.should_save = True, False, True
-        self.trainer._maybe_log_save_evaluate(loss, None, self.trainer.model, None, state.epoch, None, None)
+        saved = (Path(args.output_dir) / f"checkpoint-{state.global_step}").is_dir()
+        self.agree()  # the first process makes that folder only when the others have looked
+        if self.after_step and not saved:
+            random, loss = self.after_step
+            set_random_state(*random)
+            control = self.trainer.control
+            control.should_log, control.should_evaluate, control.should_save = True, False, True
+            self.trainer._maybe_log_save_evaluate(loss, None, self.trainer.model, None, state.epoch, None, None)
+        self.agree()  # a launcher ends the others as soon as one has ended
 
 
 def random_state() -> tuple:

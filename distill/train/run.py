@@ -68,7 +68,7 @@ def train(trainer, run: Run, checkpoint: Path | None) -> tuple[dict, tuple | Non
             seconds = time.time() - start
             if not trainer.state.best_model_checkpoint:  # with one, its adapter is loaded by now, and that is the EMA
                 trainer.swap_ema()
-            if trainer.task and trainer.dev_rows and not stop.received:
+            if not stop.agree() and trainer.task and trainer.dev_rows:
                 scores = trainer.score_dev_rows()
         except Stopped:
             stop.save()
