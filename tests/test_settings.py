@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from distill.train.arguments import choose_settings
+from distill.train.arguments import choose_settings, training_arguments
 from distill.train.duration import SayDuration, duration_line, in_words
 
 
@@ -28,11 +28,12 @@ def test_defaults_follow_size_and_device(monkeypatch, capsys):
     assert choose_settings("kd", QWEN_3B, rows(9000, 4000)) == (2e-4, 16, 3, None)
     assert capsys.readouterr().out == ""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose_settings("sft", SMOLLM2, rows(9000)) == (1e-3, 8, 3, 200)
-    expected = "200 steps of 8 rows, the default on a CPU; --epochs 3 would be 3375 steps\n"
+    assert choose_settings("sft", SMOLLM2, rows(9000)) == (2e-3, 16, 3, 200)
+    expected = "200 steps of 16 rows, the default on a CPU; --epochs 3 would be 1687 steps\n"
     assert capsys.readouterr().out == expected
-    assert choose_settings("dpo", QWEN_3B, rows(533)) == (1e-4, 8, 3, None)  # three passes are 199 steps
-    assert choose_settings("sft", SMOLLM2, rows(90, 2500)) == (1e-3, 3, 3, None)  # documents
+    assert choose_settings("dpo", QWEN_3B, rows(1066)) == (1e-4, 16, 3, None)  # three passes are 199 steps
+    assert choose_settings("kd", QWEN_3B, rows(9)) == (2e-4, 16, 3, None)
+    assert choose_settings("sft", SMOLLM2, rows(90, 2500)) == (2e-3, 3, 3, None)  # documents
     assert choose_settings("sft", SMOLLM2, rows(9, 20_000))[1] == 1
 
 
@@ -40,6 +41,17 @@ def test_what_is_given_wins(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_settings("sft", SMOLLM2, rows(9000), 2e-4, 16, 2.0, None) == (2e-4, 16, 2.0, None)
     assert choose_settings("sft", SMOLLM2, rows(9000), 2e-4, 4, None, 500) == (2e-4, 4, 3, 500)
+
+
+def test_the_steps_of_a_run_are_those_that_transformers_takes(tmp_path, monkeypatch, capsys):
+    """Each pass over 898 rows ends with a step of two rows: 57 steps, not 56."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")  # set by the call
+    fixed = {"batch_size": 16, "micro_batch": 16, "learning_rate": 1e-3, "eval_steps": None, "seed": 1}
+    fixed |= {"evaluate": True, "best_metric": "eval_loss", "precision": "fp32"}
+    for epochs, max_steps, steps in ((3, None, 171), (0.001, None, 1), (3, 40, 40)):
+        training_arguments(tmp_path, rows=898, epochs=epochs, max_steps=max_steps, **fixed)
+        assert capsys.readouterr().out.startswith(f"{steps} steps of 16 x 1 accumulated")
 
 
 def test_the_duration_by_hand():

@@ -16,19 +16,21 @@ from distill.model.hub import DEFAULT_STUDENT
 # Large: not measured here, the rate of QLoRA for 7B and 13B (arXiv 2305.14314) and of Unsloth's and Hugging Face's
 # recipes. DPO: not measured on its own; between its rate in runs/creditmix.sh (2e-4) and the usual ones.
 LEARNING_RATES = {"sft": (1e-3, 2e-4), "kd": (1e-3, 2e-4), "dpo": (1e-4, 1e-4)}
-EPOCHS = 3
+CPU_RATES = LEARNING_RATES | {"sft": (2e-3, 2e-4), "kd": (2e-3, 2e-4)}  # its runs are short, and those take more
+EPOCHS, ROWS = 3, 16
 EVALUATIONS = {"cuda": 8, "cpu": 4}  # of the development rows in a run, the last one after its last step
-GPU_ROWS = 16
-# On a CPU a step of the smallest student takes some seconds for 8 rows of 100 tokens, and a minute for 8 documents
-CPU_ROWS, CPU_CHARACTERS = 8, 8000  # of a step: at most so many rows, and about 2,000 tokens
+# On a CPU a step of the smallest student takes some seconds for 16 rows of 50 tokens, and a minute for 8 documents
+CPU_CHARACTERS = 8000  # of a step at most: about 2,000 tokens
 CPU_STEPS = 200  # at most, where neither --epochs nor --max_steps is given
 
 
 def add_arguments(parser: argparse.ArgumentParser, route: str) -> None:
     """Add the flags that all trainers have. route: sft, kd or dpo, for its own data, folder and learning rate."""
-    add, (small, large) = parser.add_argument, LEARNING_RATES[route]
+    add, (small, large), (short, _) = parser.add_argument, LEARNING_RATES[route], CPU_RATES[route]
     data, save_dir = Path(f"data/creditmix_{route}.jsonl"), Path(f"runs/creditmix_{route}")
-    rates = f"{small:g} for a student below about 1e9 weights, {large:g} above" if small != large else f"{small:g}"
+    rates = f"{small:g}"
+    if small != large:
+        rates += f" for a student below about 1e9 weights, on a CPU {short:g}; {large:g} above"
     add("--student", default=DEFAULT_STUDENT, help="hub id, folder or smollm2-135m (default: %(default)s)")
     add("--data", type=Path, default=data, help="training rows (default: %(default)s)")
     add("--save_dir", type=Path, default=save_dir, help="adapter folder (default: %(default)s)")
@@ -40,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser, route: str) -> None:
     )
     add("--max_steps", type=positive(int), help="stop after this many steps, whatever --epochs says")
     add("--lr", type=positive(float), help=f"peak learning rate; default: {rates}")
-    add("--batch_size", type=positive(int), help="rows per step, over all GPUs; default: 16, on a CPU 8 or fewer")
-    add("--micro_batch", type=positive(int), help="rows at once; default: the batch on a GPU, 8 on a CPU")
+    add("--batch_size", type=positive(int), help="rows per step, over all GPUs; default: 16, on a CPU fewer long ones")
+    add("--micro_batch", type=positive(int), help="rows at once; default: the batch, on a CPU at most 16")
     add("--max_vram_gb", type=positive(float), help="GiB that torch may reserve; default: the GPU's memory")
     add("--lora_r", type=positive(int), default=16, help="rank of a fresh adapter, alpha is twice that (default: 16)")
     add("--max_len", type=positive(int), default=1024, help="longer rows are dropped (default: 1024)")
@@ -75,12 +77,12 @@ def choose_settings(
     import torch
 
     cuda = torch.cuda.is_available()
-    lr = lr or LEARNING_RATES[route][is_large(config)]
+    lr = lr or (LEARNING_RATES if cuda else CPU_RATES)[route][is_large(config)]
     if not batch_size and cuda:
-        batch_size = GPU_ROWS
+        batch_size = ROWS
     elif not batch_size:
         characters = statistics.median(sum(len(v) for v in row.values() if isinstance(v, str)) for row in rows)
-        batch_size = max(1, min(CPU_ROWS, int(CPU_CHARACTERS / characters)))
+        batch_size = max(1, min(ROWS, int(CPU_CHARACTERS / characters)))
     steps = EPOCHS * len(rows) // batch_size
     if not (cuda or epochs or max_steps) and steps > CPU_STEPS:
         max_steps = CPU_STEPS
@@ -144,7 +146,7 @@ def training_arguments(
     cuda, quantised = torch.cuda.is_available(), precision == "nf4"
     world = int(os.environ.get("WORLD_SIZE", 1))
     accumulate = batch_size // world // micro_batch
-    steps = max_steps or max(1, int(epochs * rows / batch_size))
+    steps = max_steps or math.ceil(epochs * math.ceil(rows / batch_size))  # as transformers counts them
     every = eval_steps or max(2, steps // EVALUATIONS["cuda" if cuda else "cpu"])  # the first step has learning rate 0
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(save_dir / "tensorboard")
     what = "evaluation" if evaluate else "checkpoint"

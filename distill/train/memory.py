@@ -32,7 +32,7 @@ def plan_micro_batch(
     cap = cap_memory(max_vram_gb)
     if max_vram_gb and not cap:
         print("--max_vram_gb: no GPU here, so there is nothing to cap")
-    limit = min(micro_batch or (per_device if cap else 8), per_device)
+    limit = min(micro_batch or (per_device if cap else 16), per_device)
     choices = [m for m in range(limit, 0, -1) if per_device % m == 0]
     precision, _ = choose_precision(config, precision)
     try:
