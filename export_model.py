@@ -30,6 +30,7 @@ from distill.export.parity import (
     Proof,
     ProofFailed,
     answers_of,
+    bars,
     check_json,
     check_merge,
     check_prompts,
@@ -60,13 +61,13 @@ def main(args):
     proof = Proof()
     try:
         with building(args.out, args.overwrite, source.base_bytes, kinds) as folder:
-            adapter = merge(source, folder, prompts, proof)
+            merged = merge(source, folder, prompts, proof)
             for name in TRAVELS:
                 if (Path(args.model_dir) / name).is_file():
                     shutil.copy(Path(args.model_dir) / name, folder / name)
             model, tokenizer = load_base(str(folder), "fp32")
             ours = answers_of(model, tokenizer, prompts, source.task, new_tokens(source))
-            check_rounded(proof, adapter, ours, source.calibration)
+            check_rounded(proof, merged, ours, source.calibration)
             del model  # its memory is llama.cpp's now
             for kind in kinds:
                 export_gguf(folder / f"{args.out.name}-{kind}.gguf", kind, source, tokenizer, prompts, ours, proof)
@@ -127,20 +128,21 @@ def building(out: Path, overwrite: bool, base_bytes: int, kinds: list[str]) -> I
 
 
 def merge(source: Source, folder: Path, prompts: list[str], proof: Proof) -> Answers:
-    """Write the merged model to `folder`; the unmerged model's own answers, in fp32, to compare with."""
+    """Write the merged model to `folder`; its answers in fp32, before it is rounded, to compare with."""
     model, tokenizer = load_model(source.model_dir, "fp32")
-    truth = answers_of(model, tokenizer, prompts, source.task, new_tokens(source))
     if source.adapter:
+        adapter = answers_of(model, tokenizer, prompts, source.task, new_tokens(source), rows=TEXTS)
         try:
             model = model.merge_and_unload(safe_merge=True)
         except ValueError as e:  # the merged weights hold NaN
             raise UserError(f"{source.model_dir}: {e}") from None
-        merged = answers_of(model, tokenizer, prompts, source.task, new_tokens(source), rows=TEXTS)
-        check_merge(proof, truth, merged, source.calibration)
+    merged = answers_of(model, tokenizer, prompts, source.task, new_tokens(source))
+    if source.adapter:
+        check_merge(proof, adapter, merged, source.calibration)
     model.to(source.config.dtype).save_pretrained(folder)
     tokenizer.chat_template = dated(tokenizer.get_chat_template())  # engines would print today's date
     tokenizer.save_pretrained(folder)
-    return truth
+    return merged
 
 
 def export_gguf(
@@ -172,6 +174,8 @@ def export_gguf(
             if source.task:
                 passed, figures = label_parity(engine, tokenizer, prompts, ours, source.task, source.calibration, kind)
                 found = "; ".join([shown(figures), *(f"{tensor} in {bits}" for tensor, bits in mix.items())])
+                if not passed and mix is choices[-1]:
+                    found += f"; {bars(kind)}: export without {kind}, or with more bits"
                 if passed or mix is choices[-1]:
                     proof.record(f"{file.name}: labels", passed, found, **figures, mix=mix)
                 else:

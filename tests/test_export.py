@@ -15,6 +15,7 @@ import export_model
 from common import Calibration, LabelScorer, Task, load_model, prompt_ids
 from distill.export import llama_cpp, pages, parity
 from distill.export.gguf_file import BITS, check_model, check_types, write_gguf
+from distill.export.source import Source
 from distill.files import UserError, read_json
 
 needs_llama_cpp = pytest.mark.extra("xllamacpp")
@@ -213,6 +214,38 @@ def test_weights_that_are_no_numbers_are_refused(random_model, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The rows of the proof
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.csv", 'id,review,stars\n1,"good, really",5\n2,bad,\n'),
+        ("rows.json", '[{"review": "good, really", "stars": "yes"}, {"review": "bad"}]'),
+        ("rows.jsonl", '{"review": "good, really"}\n{"review": "bad"}\n'),
+    ],
+)
+def test_rows_are_read_by_the_tasks_own_columns(tiny_adapter, tmp_path, name, content):
+    adapter = shutil.copytree(tiny_adapter("export"), tmp_path / "own")
+    fields = read_json(adapter / "task.json")
+    fields |= {"name": "reviews", "columns": {"text": "review", "label": "stars"}}
+    (adapter / "task.json").write_text(json.dumps(fields))
+    (tmp_path / name).write_text(content)
+    source = Source.of(str(adapter), None)
+    texts, where = source.prompts(tmp_path / name, 5)
+    assert sorted(texts) == sorted(source.task.prompt(text) for text in ("good, really", "bad"))
+    assert where == str(tmp_path / name)
+    (tmp_path / "other.csv").write_text("text\ngood\n")
+    with pytest.raises(UserError, match=r"other\.csv:1: no column 'review'"):
+        source.prompts(tmp_path / "other.csv", 5)
+
+
+def test_whole_prompts_are_taken_as_they_are(tiny_adapter, jsonl):
+    source = Source.of(str(tiny_adapter("export")), None)
+    assert source.prompts(jsonl("sft.jsonl", [{"input": "whole prompt", "output": "Good"}]), 5)[0] == ["whole prompt"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The comparison, on numbers by hand
 
 
@@ -239,6 +272,65 @@ def test_a_swap_of_two_labels_that_lie_together_is_a_tie():
     assert (found["same_label"], found["same_but_ties"]) == (0.0, 1.0)
     far = np.log([[0.2, 0.2, 0.6]])
     assert parity.compare_labels(ours, far, Calibration(w=0.0), np.zeros(3))["same_but_ties"] == 0.0
+
+
+class FakeEngine:
+    """Label scores by row, as a GGUF file would give them, and how many rows were asked for."""
+
+    def __init__(self, scores):
+        self.scores, self.asked = scores, 0
+
+    def label_scores(self, ids, trie):
+        self.asked += 1
+        return self.scores[ids[0]]
+
+
+@pytest.fixture
+def parity_of(task, monkeypatch):
+    """parity_of(ours, theirs, kind) -> (whether the bars are reached, figures, rows asked for)."""
+    monkeypatch.setattr(parity, "prompt_ids", lambda tokenizer, prompts: [[i] for i in range(len(prompts))])
+    monkeypatch.setattr(parity, "label_trie", lambda tokenizer, labels: None)
+
+    def compare(ours, theirs, kind):
+        engine, answers = FakeEngine(theirs), parity.Answers([], [], ours, np.zeros(ours.shape[1]))
+        passed, figures = parity.label_parity(engine, None, [""] * len(ours), answers, task, Calibration(w=0.0), kind)
+        return passed, figures, engine.asked
+
+    return compare
+
+
+def test_a_file_that_loses_too_many_labels_is_done_with_at_its_nearest_rows(parity_of):
+    margins = np.linspace(4, 0.1, 200)  # the last rows have the nearest labels
+    ours = np.stack([margins, np.zeros(200), np.full(200, -9.0)], 1)
+    assert parity_of(ours, ours, "q8_0")[::2] == (True, 200)
+    swapped = np.where(np.arange(200)[:, None] >= 197, ours[:, [1, 0, 2]], ours)  # three of 200; q8_0 may lose two
+    passed, figures, asked = parity_of(ours, swapped, "q8_0")
+    assert (passed, asked) == (False, 3) and figures["same_label"] == 0.0
+    assert parity_of(ours, swapped, "q4_1")[::2] == (True, 200)
+
+
+def test_a_file_of_16_bits_is_scored_on_the_nearest_rows_and_loses_none(parity_of):
+    ours = np.stack([np.linspace(4, 0.1, 200), np.zeros(200), np.full(200, -9.0)], 1)
+    assert parity_of(ours, ours, "f16")[::2] == (True, parity.NEAREST)
+    swapped = np.where(np.arange(200)[:, None] == 180, ours[:, [1, 0, 2]], ours)
+    assert parity_of(ours, swapped, "f16")[0] is False
+
+
+def test_log_probs_of_rare_tokens_are_asked_for_in_longer_lists_and_the_length_is_kept(monkeypatch):
+    engine, lengths = llama_cpp.LlamaCpp("m.gguf"), []
+    engine.letter = 7
+
+    def post(path, body):
+        lengths.append(body["n_probs"])
+        listed = [{"id": i, "logprob": -i / 10} for i in range(min(body["n_probs"], 300))]
+        return {"completion_probabilities": [{"top_logprobs": listed}]}
+
+    monkeypatch.setattr(engine, "post", post)
+    assert engine.log_probs([1], {0, 200}) == {0: 0.0, 200: -20.0}
+    engine.log_probs([1], {3})
+    assert lengths == [64, 128, 256, 256]
+    with pytest.raises(llama_cpp.EngineError, match="no log-probability of token 300"):
+        engine.log_probs([1], {1, 300})
 
 
 def test_a_failed_check_is_printed_and_ends_the_proof(capsys):

@@ -35,16 +35,19 @@ from distill.files import UserError
 ARCHITECTURES = {"llama": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
 # Types of matrices that the gguf package can quantise to -> bits per weight
 BITS = {"f16": 16, "bf16": 16, "q8_0": 8.5, "q5_1": 6, "q5_0": 5.5, "q4_1": 5, "q4_0": 4.5}
-# Which matrices keep more bits: mixes from the smallest file to the most faithful one. Measured on the embedded student
-# with a label adapter: in 8 bits the last hidden state before the vocabulary costs most (llama.cpp quantises what goes
-# into a quantised matrix too), then ffn_down; in 4 bits attn_output, ffn_down and attn_v.
+# Which matrices keep more bits: mixes from the smallest file to the most faithful one, in the order of what each kind of
+# matrix costs a label's probability for the bits it saves, measured one kind at a time (runs/README.md). llama.cpp
+# quantises what goes into a quantised matrix too: in 8 bits the last hidden state before the vocabulary costs most, since
+# one of its values is 20 times the others, then ffn_down. In 4 bits the weights' own rounding costs most.
 WIDE_ENDS = {"token_embd": "F16", "output": "F16"}
+FINE_ATTENTION = dict.fromkeys(("attn_k", "attn_v", "attn_output"), "Q8_0")
 MIXES = {
     16: ({},),
     8: ({}, WIDE_ENDS, {**WIDE_ENDS, "ffn_down": "F16"}),
     4: (
         {"token_embd": "Q8_0", "output": "Q8_0"},
-        {**WIDE_ENDS, "attn_output": "Q8_0", "ffn_down": "Q8_0", "attn_v": "Q8_0"},
+        {**WIDE_ENDS, **FINE_ATTENTION, "ffn_up": "Q8_0"},
+        {**WIDE_ENDS, **FINE_ATTENTION, "ffn_up": "Q8_0", "ffn_gate": "Q8_0"},
     ),
 }
 # Regular expressions by which a byte-level tokenizer cuts a text before merging, and llama.cpp's name for them

@@ -40,6 +40,7 @@ class LlamaCpp:
 
     def __init__(self, path: Path, context: int = 4096):
         self.path, self.context = Path(path), context
+        self.listed = 64  # tokens whose log-probabilities the server lists
 
     def __enter__(self) -> "LlamaCpp":
         self.errors = tempfile.TemporaryFile()
@@ -56,6 +57,7 @@ class LlamaCpp:
         if not self.address.startswith("http"):
             self.__exit__()
             raise EngineError(f"{self.path.name}: llama.cpp does not load it: {self.last_error()}")
+        self.letter = self.tokens("a")[0]
         return self
 
     def __exit__(self, *_) -> None:
@@ -103,18 +105,21 @@ class LlamaCpp:
     def log_probs(self, ids: list[int], wanted: set[int]) -> dict[int, float]:
         """{token: log-probability} of the tokens `wanted` after `ids`.
 
-        The server lists the likeliest tokens, over the whole vocabulary and before any sampler; where one of `wanted`
-        is not among the first 64, all of them are asked for, which costs some 0.5 s. The token that is then sampled
-        is biased to a plain letter, for the server keeps back half a character and its probabilities with it.
+        The server lists the likeliest tokens, over the whole vocabulary and before any sampler; the list grows until
+        it holds all of `wanted`, and keeps its length for the next request. The token that is then sampled is biased
+        to a plain letter, for the server keeps back half a character and its probabilities with it.
         """
-        letter = [[self.tokens("a")[0], 1000]]
-        for most in (64, 10**6):
-            body = {"prompt": ids, "n_predict": 1, "temperature": 0, "logit_bias": letter, "n_probs": most}
-            top = self.post("/completion", body)["completion_probabilities"][0]["top_logprobs"]
+        body = {"prompt": ids, "n_predict": 1, "temperature": 0, "logit_bias": [[self.letter, 1000]]}
+        while True:
+            answer = self.post("/completion", {**body, "n_probs": self.listed})
+            top = answer["completion_probabilities"][0]["top_logprobs"]
             found = {t["id"]: t["logprob"] for t in top}
-            if all(token in found for token in wanted):
+            missing = wanted - set(found)
+            if not missing:
                 return {token: found[token] for token in wanted}
-        raise EngineError(f"llama.cpp: no log-probability of token {next(t for t in wanted if t not in found)}")
+            if len(top) < self.listed:
+                raise EngineError(f"llama.cpp: no log-probability of token {min(missing)}")
+            self.listed *= 2  # not all at once: the whole vocabulary costs some 0.5 s
 
     def label_scores(self, ids: list[int], trie: LabelTrie) -> list[float]:
         """Length-normalised log-likelihoods of the L labels after `ids`.

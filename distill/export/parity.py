@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from common import Calibration, LabelScorer, Task, label_trie, prompt_ids
+from distill.export.gguf_file import BITS
 from distill.export.llama_cpp import LlamaCpp
 from distill.model.chat_template import chat_text, escape_special_tokens
 from distill.model.generate import generate
@@ -24,6 +25,7 @@ DOCUMENTS = 3  # answers under a JSON Schema
 # (share of rows with the same label, mean difference of a probability) that a GGUF file must reach
 LABEL_BARS = {"f16": (0.99, 0.01), "bf16": (0.99, 0.01), "q8_0": (0.99, 0.01)}
 LABEL_BARS |= dict.fromkeys(("q5_1", "q5_0", "q4_1", "q4_0"), (0.95, 0.04))
+NEAREST = 40  # rows, of those with the nearest labels, on which a file of 16 bits is scored: it must lose none
 NEAR = 16  # tokens of a step that are remembered
 TIE = 0.05  # nats between two tokens, or two labels, within which rounding may swap them
 PROBES = (  # beside the rows: what pre-tokenizers cut differently
@@ -146,20 +148,20 @@ def check_merge(proof: Proof, adapter: Answers, merged: Answers, calibration: Ca
     equal, ties, wrong = compare_texts(adapter.texts, merged.texts, adapter.gaps, 0.01)
     found, passed, figures = wrong or f"greedy text equal on {equal + ties} of {equal + ties} prompts", not wrong, {}
     if merged.scores is not None:
-        ours = adapter.scores[: len(merged.scores)]
-        figures = compare_labels(ours, merged.scores, calibration, adapter.prior)
+        theirs = merged.scores[: len(adapter.scores)]
+        figures = compare_labels(adapter.scores, theirs, calibration, adapter.prior)
         found += f", label scores to {figures['score_max']:.1e}"
         passed = passed and figures["score_max"] <= 1e-2
     proof.record("merged against adapter, fp32", passed, found, **figures)
 
 
-def check_rounded(proof: Proof, adapter: Answers, folder: Answers, calibration: Calibration | None) -> None:
-    """The merged folder as it lies on disk, in 16 bits, against the adapter."""
+def check_rounded(proof: Proof, merged: Answers, folder: Answers, calibration: Calibration | None) -> None:
+    """The merged folder as it lies on disk, in 16 bits, against the merged model before it was rounded."""
     if folder.scores is None:
-        equal, ties, wrong = compare_texts(adapter.texts, folder.texts, adapter.gaps, 0.2)
+        equal, ties, wrong = compare_texts(merged.texts, folder.texts, merged.gaps, 0.2)
         found = wrong or f"greedy text of {equal} prompts equal, of {ties} up to a near tie"
         return proof.record("merged folder in 16 bits", not wrong, found)
-    figures = compare_labels(adapter.scores, folder.scores, calibration, adapter.prior)
+    figures = compare_labels(merged.scores, folder.scores, calibration, merged.prior)
     passed = figures["score_max"] <= 0.2 and figures["same_but_ties"] >= 0.99
     proof.record("merged folder in 16 bits", passed, shown(figures), **figures)
 
@@ -170,6 +172,11 @@ def shown(figures: dict) -> str:
         f"same label on {figures['same_but_ties']:.1%} of {figures['rows']} rows{swaps}, a score moves by up to "
         f"{figures['score_max']:.3f}, a probability by {figures['probability_mean']:.4f} in the mean"
     )
+
+
+def bars(kind: str) -> str:
+    same, difference = LABEL_BARS[kind]
+    return f"{kind} must keep {same:.0%} of the labels and move a probability by {difference} at most in the mean"
 
 
 def check_prompts(
@@ -213,17 +220,17 @@ def label_parity(
     """(whether llama.cpp's label scores reach the bars of `kind`, figures). ours: Answers of the merged folder.
 
     Rows come in the order of our margin between the two best labels, and the first ones that make a pass impossible
-    end it: a file that fails fails early.
+    end it: a file that fails fails early. A file of 16 bits is scored on the NEAREST of them.
     """
     same, difference = LABEL_BARS[kind]
     ids, trie = prompt_ids(tokenizer, prompts), label_trie(tokenizer, task.labels)
     best = np.sort(calibration(ours.scores, ours.prior), 1)
-    order, theirs = np.argsort(best[:, -1] - best[:, -2]), []
+    order, theirs = np.argsort(best[:, -1] - best[:, -2])[: NEAREST if BITS[kind] == 16 else None], []
     for n, row in enumerate(order, 1):
         theirs.append(engine.label_scores(ids[row], trie))
         figures = compare_labels(ours.scores[order[:n]], np.array(theirs), calibration, ours.prior)
         lost, moved = (1 - figures["same_but_ties"]) * n, figures["probability_mean"] * n
-        if lost > (1 - same) * len(ids) + 1e-6 or moved > difference * len(ids):
+        if lost > (1 - same) * len(order) + 1e-6 or moved > difference * len(order):
             return False, figures
     return True, figures
 

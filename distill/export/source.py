@@ -1,7 +1,7 @@
 """What is exported: a model or an adapter with its base, its task, and the prompts of the proof."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import create_model
@@ -15,7 +15,7 @@ from distill.tasks.codegen_tasks import code_prompt
 from distill.tasks.idp_corpus import DocumentRow
 from distill.tasks.idp_documents import idp_prompt
 from distill.tasks.idp_schema import check_schema
-from distill.tasks.label_rows import read_label_rows
+from distill.tasks.label_rows import COLUMNS, read_fields, read_label_rows
 
 
 @dataclass(frozen=True)
@@ -77,14 +77,24 @@ class Source:
         return sorted(unseen, key=lambda text: unit_hash(SEED, text))[:rows], source
 
     def rows_of(self, data: Path) -> tuple[list[str], str]:
+        """User messages of the rows of `data`: the inputs of a label task, documents, or whole prompts.
+
+        A label task reads them as evaluation does, from CSV, JSON or JSONL by its own columns; labels are not needed.
+        Error: UserError for a file without such rows.
+        """
+        finished = ("input", "prompt")
+        if self.task:
+            column = (self.task.columns or COLUMNS)["text"]
+            fields = read_fields(data, [])[0][1]
+            if column in fields or not any(name in fields for name in finished):
+                task = replace(self.task, columns={"text": column} if self.task.columns else {})
+                return [self.task.prompt(row["question"]) for row in read_label_rows(data, task)[0]], str(data)
         rows = read_rows(data, StrictModel)
-        field = next((name for name in ("question", "document", "input", "prompt") if name in rows[0]), None)
+        field = next((name for name in ("question", "document", *finished) if name in rows[0]), None)
         if field is None:
             raise UserError(f"{data}: row 1: expected a field 'question', 'document', 'input' or 'prompt'")
         model = create_model("ProofRow", __base__=StrictModel, **{field: (FilledText, ...)})
         texts = [row[field] for row in read_rows(data, model)]
-        if field == "question" and self.task:
-            texts = [self.task.prompt(text) for text in texts]
         if field == "document" and self.schema:
             texts = [idp_prompt(self.schema, text) for text in texts]
         return texts, str(data)
