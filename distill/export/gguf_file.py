@@ -35,10 +35,10 @@ from distill.files import UserError
 ARCHITECTURES = {"llama": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
 # Types of matrices that the gguf package can quantise to -> bits per weight
 BITS = {"f16": 16, "bf16": 16, "q8_0": 8.5, "q5_1": 6, "q5_0": 5.5, "q4_1": 5, "q4_0": 4.5}
-# Which matrices keep more bits: mixes from the smallest file to the most faithful one, in the order of what each kind of
-# matrix costs a label's probability for the bits it saves, measured one kind at a time (runs/README.md). llama.cpp
-# quantises what goes into a quantised matrix too: in 8 bits the last hidden state before the vocabulary costs most, since
-# one of its values is 20 times the others, then ffn_down. In 4 bits the weights' own rounding costs most.
+# Which matrices keep more bits: mixes from the smallest file to the most faithful one, in the order of what each kind
+# of matrix costs a label's probability for the bits it saves, measured one kind at a time (runs/README.md). llama.cpp
+# quantises what goes into a quantised matrix too: in 8 bits the last hidden state before the vocabulary costs most
+# (one of its values is 20 times the others), then ffn_down. In 4 bits the weights' own rounding costs most.
 WIDE_ENDS = {"token_embd": "F16", "output": "F16"}
 FINE_ATTENTION = dict.fromkeys(("attn_k", "attn_v", "attn_output"), "Q8_0")
 MIXES = {
