@@ -40,7 +40,7 @@ from distill.export.parity import (
     shown,
 )
 from distill.export.source import Source
-from distill.files import UserError, atomic_write, cli, positive, read_json, write_json
+from distill.files import UserError, atomic_write, check_output_folder, cli, positive, read_json, write_json
 from distill.model.chat_template import dated
 from distill.run_record import run_record
 from distill.tasks.idp_documents import INSTRUCTION
@@ -103,8 +103,7 @@ def building(out: Path, overwrite: bool, base_bytes: int, kinds: list[str]) -> I
 
     Error: UserError where `out` holds something, or the disk has no room for a folder of base_bytes and its GGUFs.
     """
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: a file; expected a folder")
+    check_output_folder("--out", out)
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
             raise UserError(f"--out {out}: not empty; expected another folder, or --overwrite")

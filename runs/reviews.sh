@@ -21,6 +21,7 @@ PY
 python creditmix_prepare.py --src "$out/rows.json" --task "$out/reviews_task.json" --outdir "$out"
 python - "$out" <<'PY'  # the same training rows with the teacher's labels; where it gave none, no row
 import json, sys
+from distill.files import write_jsonl
 out = sys.argv[1]
 teacher, before = json.load(open(f"{out}/teacher.json")), json.load(open(f"{out}/reviews_task.json"))["template"].removesuffix("{input}")
 sft = [json.loads(line) for line in open(f"{out}/reviews_sft.jsonl")]
@@ -29,8 +30,7 @@ for n in (200, 1000, len(sft)):
     kd = [{**r, "teacher_output": teacher[r["input"].removeprefix(before)]} for r in sft[:n]]
     kd = [{k: v for k, v in r.items() if k != "output"} for r in kd if r["teacher_output"]]
     for route, rows in (("sft", sft[:n]), ("kd", kd)):
-        with open(f"{out}/reviews-{name}_{route}.jsonl", "w") as f:
-            f.writelines(json.dumps(r) + "\n" for r in rows)
+        write_jsonl(f"{out}/reviews-{name}_{route}.jsonl", rows)
 PY
 train() {  # ROUTE ROWS NAME FLAG...
   python "$1_train.py" --student smollm2-135m --data "$out/reviews-$2_$1.jsonl" --task "$out/reviews_task.json" \
@@ -47,15 +47,14 @@ done
 python - "$out" <<'PY'  # three folds, and the labels softened by the teacher's confusion
 import json, sys
 from collections import Counter
+from distill.files import write_jsonl
 out, LABELS = sys.argv[1], ("positive", "negative")
 rows = [json.loads(line) for line in open(f"{out}/reviews-all_kd.jsonl")]
 before = json.load(open(f"{out}/reviews_task.json"))["template"].removesuffix("{input}")
-def write(name, rows):
-    with open(f"{out}/{name}.jsonl", "w") as f:
-        f.writelines(json.dumps(r) + "\n" for r in rows)
 for fold in range(3):
-    write(f"reviews-not{fold}_kd", [r for i, r in enumerate(rows) if i % 3 != fold])
-    write(f"fold{fold}", [{**r, "question": r["input"].removeprefix(before)} for i, r in enumerate(rows) if i % 3 == fold])
+    write_jsonl(f"{out}/reviews-not{fold}_kd.jsonl", [r for i, r in enumerate(rows) if i % 3 != fold])
+    left_out = [r | {"question": r["input"].removeprefix(before)} for r in rows[fold::3]]
+    write_jsonl(f"{out}/fold{fold}.jsonl", left_out)
 gold = {(r := json.loads(line))["input"]: r["output"] for line in open(f"{out}/reviews-200_sft.jsonl")}
 seen = Counter((r["teacher_output"], gold[r["input"]]) for r in rows if r["input"] in gold)
 def soft(label):  # one more row for each label, so that no probability is 0
@@ -63,7 +62,7 @@ def soft(label):  # one more row for each label, so that no probability is 0
     return {right: (seen[label, right] + 1) / total for right in LABELS}
 probs = {label: soft(label) for label in LABELS}
 print("people agree with GPT-3.5's labels:", {label: round(p[label], 3) for label, p in probs.items()})
-write("reviews-confusion_kd", [{**r, "teacher_probs": probs[r["teacher_output"]]} for r in rows])
+write_jsonl(f"{out}/reviews-confusion_kd.jsonl", [r | {"teacher_probs": probs[r["teacher_output"]]} for r in rows])
 PY
 job "$out/kd-confusion.log" train kd confusion kd-confusion --epochs 3
 for fold in 0 1 2; do job "$out/not$fold.log" train kd not$fold not$fold --epochs 3; done
@@ -73,13 +72,13 @@ for fold in 0 1 2; do
 done
 python - "$out" <<'PY'
 import json, sys
+from distill.files import write_jsonl
 out = sys.argv[1]
-with open(f"{out}/reviews-folds_kd.jsonl", "w") as f:
-    for fold in range(3):
-        for line in open(f"{out}/said{fold}.jsonl"):
-            row = json.loads(line)
-            probs = {label: (p + (label == row["teacher_output"])) / 2 for label, p in row["probabilities"].items()}
-            f.write(json.dumps({k: row[k] for k in ("input", "teacher_output", "group") if k in row} | {"teacher_probs": probs}) + "\n")
+said = [json.loads(line) for fold in range(3) for line in open(f"{out}/said{fold}.jsonl")]
+def soft(row):
+    return {label: (p + (label == row["teacher_output"])) / 2 for label, p in row["probabilities"].items()}
+keep = ("input", "teacher_output", "group")
+write_jsonl(f"{out}/reviews-folds_kd.jsonl", [{k: row[k] for k in keep} | {"teacher_probs": soft(row)} for row in said])
 PY
 job "$out/kd-folds.log" train kd folds kd-folds --epochs 3
 finish

@@ -86,10 +86,11 @@ class StopOnSignal(TrainerCallback):
 
     def agree(self) -> int:
         """`received`, the largest signal number of all processes; each of them waits for the others."""
-        largest = torch.tensor(self.own)
+        self.received = self.own
         if self.group:
+            largest = torch.tensor(self.own)
             torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, self.group)
-        self.received = int(largest)
+            self.received = int(largest)
         return self.received
 
     def before_forward(self, *_):
