@@ -267,6 +267,13 @@ def test_broken_json_of_decisions_names_no_field(server):
     assert (status, got) == (400, {"error": want})
 
 
+@pytest.mark.parametrize(("path", "expected"), [("/v1/systemone", 422), ("/v1/decisions", 400)])
+def test_a_body_of_another_content_type_is_malformed(server, path, expected):
+    status, got, _ = server.request("POST", path, json.dumps(body()).encode(), {"Content-Type": "text/plain"})
+    assert status == expected
+    assert "valid dictionary" in (got["error"]["message"] if path == "/v1/decisions" else got["detail"][0]["msg"])
+
+
 @pytest.mark.parametrize("path", ["/v1/systemone", "/v1/decisions"])
 def test_a_fault_of_the_server_has_the_protocols_shape(monkeypatch, path):
     def fail(model):

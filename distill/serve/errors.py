@@ -24,6 +24,8 @@ class UnicodeBody(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def is_unicode(cls, fields):
+        if isinstance(fields, bytes):  # a body of another content type than JSON, which pydantic refuses
+            return fields
         try:
             json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()
         except UnicodeEncodeError:
